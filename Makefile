@@ -1,0 +1,37 @@
+# make demo | test | test-all | lint | venv | clean. The environment .venv makes and updates itself.
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= python3
+
+# make demo AUDIO=folder-of-recordings RUN=name: the same job on your own recordings.
+RUN ?= demo
+OUT := outputs/$(RUN)
+DATA := $(if $(AUDIO),"data.audio='$(AUDIO)'") $(if $(LABELS),"data.labels='$(LABELS)'")
+
+.PHONY: venv demo test test-all lint clean
+venv: $(VENV)/.installed
+
+# Anything that says what to install is newer than the mark: install again.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: venv
+	$(BIN)/python train.py experiment=demo run=$(RUN) $(DATA)
+	$(BIN)/python evaluate.py experiment=demo run=$(RUN) $(DATA)
+
+test: venv
+	$(BIN)/python -m pytest -n 2 -m 'not slow'
+
+test-all: venv
+	$(BIN)/python -m pytest
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) outputs cache build dist .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,115 @@
+"""Callbacks for what Lightning lacks: the codec's start, a validation before the first step, the saved codec."""
+
+from importlib.metadata import version
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from tqdm import tqdm
+
+from repcodec.module import CodecModule
+
+
+class CodecStart(L.Callback):
+    """Starts a new codec where k-means ends: features scaled, stacks as the identity, codes from k-means.
+
+    A resumed run is left alone.
+    """
+
+    def __init__(self, max_frames: int = 200_000):
+        """Take how many frames of the training set, over all ranks, k-means sees at most."""
+        self.max_frames = max_frames
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Start the codec, unless a checkpoint was loaded."""
+        assert isinstance(module, CodecModule)
+        if trainer.ckpt_path is not None:
+            return
+        codec, data = module.codec, trainer.datamodule
+        codec.feature_mean.copy_(data.statistics.mean)
+        codec.feature_scale.fill_(data.statistics.scale)
+        codec.start_as_identity()
+        vectors, wanted = [], self.max_frames // trainer.world_size
+        codec.eval()
+        with torch.no_grad(), tqdm(total=min(wanted, int(data.train.lengths.sum())), unit="frame", unit_scale=True,
+                                   desc="Frames for k-means", disable=trainer.global_rank > 0) as bar:  # fmt: skip
+            for batch in data.start_dataloader():
+                z = codec.vectors(batch.features.to(module.device), batch.lengths.to(module.device))
+                vectors.append(z[: wanted - sum(map(len, vectors))])
+                bar.update(len(vectors[-1]))
+                if len(vectors[-1]) < len(z):
+                    break
+        codec.train()
+        if trainer.global_rank == 0:
+            tqdm.write(f"k-means of {codec.codebook_size} codes starts the codebook …")
+        codec.quantizer.start(torch.cat(vectors), data.seed)
+
+
+class ValidateFirst(L.Callback):
+    """Validates before the first step, so that every curve begins at step 0; put it after CodecStart."""
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Run the validation as Lightning does between two steps."""
+        if trainer.ckpt_path is not None:
+            return
+        loop = trainer.fit_loop.epoch_loop
+        first_loop_iter = trainer._logger_connector._first_loop_iter
+        trainer.validating = True
+        loop.val_loop.run()
+        trainer.training = True
+        trainer._logger_connector._first_loop_iter = first_loop_iter
+
+
+class SaveCodec(L.Callback):
+    """Saves the codec of the best validation as config.json and model.safetensors."""
+
+    def __init__(self, folder: str, encoder: str, layer: int, frame_rate: float, monitor: str = "valid/normalized_error"):
+        """Take the folder, and what config.json says of the features: speech encoder, layer, frames per second."""
+        self.folder, self.monitor = Path(folder), monitor
+        self.about = {
+            "encoder": encoder,
+            "layer": layer,
+            "frame_rate": frame_rate,
+            "repcodec_version": version("repcodec"),
+        }
+        self.best = float("inf")
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Save when this validation is the best so far."""
+        assert isinstance(module, CodecModule)
+        error = trainer.callback_metrics.get(self.monitor)
+        if trainer.sanity_checking or error is None or not float(error) < self.best:
+            return
+        self.best = float(error)
+        if trainer.is_global_zero:
+            figures = {"step": trainer.global_step, "valid_normalized_error": self.best}
+            module.codec.save_pretrained(self.folder, {**self.about, **figures})
+
+    def state_dict(self) -> dict:
+        """Return the best error so far, for the checkpoint."""
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Go on comparing with a checkpoint's best."""
+        self.best = state_dict["best"]
+
+
+class UsageHistogram(L.Callback):
+    """Shows how often each code was used, sorted, after every validation: in W&B and TensorBoard."""
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Log one histogram a codebook: log10 of 1 + the frames of each code."""
+        assert isinstance(module, CodecModule)
+        if trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        for k, counts in enumerate(module.valid_usage.counts.cpu().numpy()):
+            values, name = np.log10(1 + counts), f"valid/log10_code_counts_{k}"
+            for logger in trainer.loggers:
+                if isinstance(logger, WandbLogger):
+                    import wandb
+
+                    logger.experiment.log({name: wandb.Histogram(values), "trainer/global_step": trainer.global_step})
+                elif isinstance(logger, TensorBoardLogger):
+                    logger.experiment.add_histogram(name, values, trainer.global_step)

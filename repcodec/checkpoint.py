@@ -1,0 +1,71 @@
+"""Saved folders: config.json and model.safetensors. Nothing in them is ever unpickled."""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from repcodec.errors import RepCodecError
+from repcodec.files import atomic_write
+
+
+def save_folder(folder: Path | str, config: dict, tensors: dict[str, Tensor]) -> None:
+    """Write config.json and model.safetensors, each whole or not at all, config.json last.
+
+    Raises:
+        RepCodecError: the folder cannot be written.
+    """
+    from safetensors.torch import save
+
+    folder = Path(folder)
+    with atomic_write(folder / "model.safetensors", "w+b") as file:
+        file.write(save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
+    with atomic_write(folder / "config.json") as file:
+        json.dump(config, file, indent=2)
+        file.write("\n")
+
+
+def read_config(folder: Path | str) -> dict:
+    """Read the config.json of a saved folder.
+
+    Raises:
+        RepCodecError: there is none, or it is no JSON object with a "kind".
+    """
+    path = Path(folder) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        kind = config["kind"]
+    except FileNotFoundError as error:
+        raise RepCodecError(
+            f"{path} does not exist: {folder} is not a saved codec or k-means model; train.py saves one in the "
+            "codec/ folder of its run."
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RepCodecError(f"{path}: not a readable description of a saved codec ({error!r}).") from error
+    if not isinstance(kind, str):
+        raise RepCodecError(f"{path}: \"kind\" is {kind!r}, expected a name.")
+    return config
+
+
+def load_tensors(folder: Path | str, module: torch.nn.Module) -> None:
+    """Fill a module's parameters and buffers from model.safetensors; names and shapes must agree exactly.
+
+    Raises:
+        RepCodecError: the file is missing, damaged, or of another architecture.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = Path(folder) / "model.safetensors"
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise RepCodecError(f"{path}: the weights cannot be read ({error}); save or download them again.") from error
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise RepCodecError(
+            f"{path}: the weights do not fit the architecture in config.json beside them "
+            f"({str(error).splitlines()[-1].strip()})"
+        ) from error

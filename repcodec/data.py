@@ -1,0 +1,242 @@
+"""Feature shards as batches.
+
+Axes: B batch, T frames, D feature width. Which utterance stands in which batch, and where it is cropped,
+is decided by a sampler, from the seed and the batch's number alone: workers only copy, so their number
+changes nothing, and a resumed run goes on where the last one stopped.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from repcodec.errors import RepCodecError
+from repcodec.labels import PhoneLabels
+from repcodec.shards import FeatureShards
+
+STATISTICS_FRAMES = 1_000_000
+"""Mean and scale of the training set are those of at most so many frames, evenly spaced over it."""
+
+
+class Batch(NamedTuple):
+    """Utterances, or crops of them.
+
+    Attributes:
+        features: (B, T, D) float32, zero beyond the lengths.
+        lengths: (B,) int64, valid frames of each row.
+        utterances: (B,) int64, their numbers in the split.
+    """
+
+    features: Tensor
+    lengths: Tensor
+    utterances: Tensor
+
+
+@dataclass(frozen=True)
+class FeatureStatistics:
+    """Statistics of the training set.
+
+    Attributes:
+        mean: (D,) float32.
+        scale: root of the mean squared deviation from it, over frames and dimensions.
+    """
+
+    mean: Tensor
+    scale: float
+
+
+class ShardDataset(Dataset):
+    """A split's features; an item is a whole batch, asked for by (utterance, first frame) pairs.
+
+    Args:
+        num_frames: T of every item; None: as long as the batch's longest utterance.
+    """
+
+    def __init__(self, shards: FeatureShards, num_frames: int | None):
+        self.shards, self.num_frames = shards, num_frames
+
+    def __getitem__(self, places: Sequence[tuple[int, int]]) -> Batch:
+        utterances = [utterance for utterance, _ in places]
+        num_frames = self.num_frames or int(self.shards.lengths[utterances].max())
+        features, lengths = self.shards.gather(utterances, [start for _, start in places], num_frames)
+        return Batch(torch.from_numpy(features), torch.from_numpy(lengths), torch.tensor(utterances))
+
+
+class CropSampler(Sampler):
+    """Random crops in an endless random order, cut into batches; only this rank's rows are given.
+
+    The order is one shuffle of the utterances after another, each used up before the next, so all batches
+    are full. Utterances without a frame are left out. Batch number n is a function of n and the seed.
+
+    Attributes:
+        position: the number of the next batch.
+    """
+
+    def __init__(self, lengths: np.ndarray, num_frames: int, batch_size: int, seed: int, rank: int, world_size: int):
+        """Take lengths (N,) in frames, the crop's frames, the batch size of one rank, and this rank's place."""
+        self.utterances = np.flatnonzero(lengths)
+        self.lengths, self.num_frames, self.batch_size, self.seed = lengths, num_frames, batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        self.position = 0
+        self._shuffle: tuple[int, np.ndarray] = (-1, self.utterances)
+
+    def __len__(self) -> int:
+        """Return how many batches take every utterance about once: an epoch."""
+        return max(1, -(-len(self.utterances) // (self.batch_size * self.world_size)))
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        """Yield this epoch's batches from `position` on, as (utterance, first frame) pairs."""
+        for number in range(self.position, (self.position // len(self) + 1) * len(self)):
+            yield self.batch(number)
+
+    def batch(self, number: int) -> list[tuple[int, int]]:
+        """Return this rank's rows of batch `number`."""
+        first = (number * self.world_size + self.rank) * self.batch_size
+        return [self._crop(place) for place in range(first, first + self.batch_size)]
+
+    def _crop(self, place: int) -> tuple[int, int]:
+        shuffle, index = divmod(place, len(self.utterances))
+        if self._shuffle[0] != shuffle:
+            self._shuffle = shuffle, np.random.default_rng([self.seed, shuffle]).permutation(self.utterances)
+        utterance = int(self._shuffle[1][index])
+        room = int(self.lengths[utterance]) - self.num_frames
+        start = int(np.random.default_rng([self.seed, shuffle, utterance]).integers(room + 1)) if room > 0 else 0
+        return utterance, start
+
+
+class ResumableLoader(DataLoader):
+    """A DataLoader over a CropSampler whose state is the number of batches given out."""
+
+    sampler: CropSampler
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield batches up to the end of the epoch that the sampler stands in."""
+        for batch in super().__iter__():
+            self.sampler.position += 1
+            yield batch
+
+    def state_dict(self) -> dict:
+        """Return the state that Lightning puts into a checkpoint."""
+        return {"position": self.sampler.position}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on after the batches of a checkpoint."""
+        self.sampler.position = state["position"]
+
+
+class ShardsDataModule(L.LightningDataModule):
+    """Training crops and whole validation and test utterances out of feature shards."""
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        encoder: str,
+        layer: int,
+        root: str | None = None,
+        dir: str | None = None,
+        labels: str | None = None,
+        batch_size: int = 32,
+        crop: int = 96,
+        seed: int = 0,
+        num_workers: int = 0,
+        whole_frames: int = 20_000,
+    ):
+        """Describe where the splits train/, valid/ and test/ lie; nothing is opened yet.
+
+        Args:
+            dim: D.
+            encoder, layer: of the features; they name the folder below `root`.
+            root: holds `<encoder>/l<layer>/<split>/`, as `repcodec extract` writes.
+            dir: holds `<split>/` itself, instead of `root`.
+            labels: a table of phone labels, for evaluation.
+            batch_size: crops a batch and rank.
+            crop: T, frames a crop; a shorter utterance is padded and masked.
+            seed: of order and crops.
+            num_workers: processes that read ahead.
+            whole_frames: at most so many frames, padding included, in a batch of whole utterances.
+
+        Raises:
+            RepCodecError: neither `root` nor `dir` is given.
+        """
+        super().__init__()
+        if dir is None and root is None:
+            raise RepCodecError("data.root and data.dir are both unset: say where the feature shards lie.")
+        self.dim, self.encoder, self.layer = dim, encoder, layer
+        self.dir = Path(dir) if dir is not None else Path(str(root)) / encoder / f"l{layer}"
+        self.labels = labels
+        self.batch_size, self.crop, self.seed, self.num_workers = batch_size, crop, seed, num_workers
+        self.whole_frames = whole_frames
+
+    def split(self, name: str) -> FeatureShards:
+        """Open a split.
+
+        Raises:
+            RepCodecError: it is missing or broken; the sentence says which command makes it.
+        """
+        folder = self.dir / name
+        if not folder.is_dir():
+            raise RepCodecError(
+                f"{folder} does not exist: no {name} features of {self.encoder} layer {self.layer}; make them with "
+                f"`repcodec extract {name}.tsv ROOT --encoder {self.encoder} --layer {self.layer}` and data.root=ROOT, "
+                "or name another folder of splits with data.dir."
+            )
+        return FeatureShards(folder, self.dim)
+
+    @cached_property
+    def train(self) -> FeatureShards:
+        """The training split."""
+        return self.split("train")
+
+    @cached_property
+    def statistics(self) -> FeatureStatistics:
+        """Mean and scale of the training split."""
+        frames = self.train.sample(STATISTICS_FRAMES)
+        mean = frames.mean(0, dtype=np.float64)
+        scale = np.sqrt(np.mean((frames - mean) ** 2))
+        return FeatureStatistics(torch.from_numpy(mean).float(), float(scale) or 1.0)
+
+    @cached_property
+    def phone_labels(self) -> PhoneLabels | None:
+        """The phone labels, None where there are none."""
+        return PhoneLabels.read_tsv(self.labels) if self.labels is not None else None
+
+    def _rank(self) -> tuple[int, int]:
+        """Return rank and world size; (0, 1) without a trainer."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Return random crops, in batches without end; an epoch takes every utterance about once."""
+        sampler = CropSampler(self.train.lengths, self.crop, self.batch_size, self.seed, *self._rank())
+        return ResumableLoader(
+            ShardDataset(self.train, self.crop), sampler=sampler, batch_size=None, num_workers=self.num_workers
+        )
+
+    def val_dataloader(self) -> DataLoader:
+        """Return the whole utterances of the validation split."""
+        return self.whole_utterances(self.split("valid"), shuffle=False)
+
+    def start_dataloader(self) -> DataLoader:
+        """Return the whole utterances of the training split in random order, to start a codec from."""
+        return self.whole_utterances(self.train, shuffle=True)
+
+    def whole_utterances(self, shards: FeatureShards, shuffle: bool) -> DataLoader:
+        """Return batches of whole utterances, this rank's share of them, each sorted by length."""
+        order = np.argsort(shards.lengths, kind="stable")
+        order = order[shards.lengths[order] > 0]
+        batches: list[list[tuple[int, int]]] = [[]]
+        for utterance in order.tolist():
+            if batches[-1] and (len(batches[-1]) + 1) * shards.lengths[utterance] > self.whole_frames:
+                batches.append([])
+            batches[-1].append((utterance, 0))
+        if shuffle:
+            batches = [batches[i] for i in np.random.default_rng(self.seed).permutation(len(batches))]
+        rank, world_size = self._rank()
+        return DataLoader(ShardDataset(shards, None), sampler=batches[rank::world_size], batch_size=None)

@@ -1,0 +1,81 @@
+"""Manifest -> feature shards."""
+
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from repcodec.audio import find_sound_files, num_samples_at_16khz, read_audio
+from repcodec.errors import RepCodecError
+from repcodec.manifest import Manifest
+from repcodec.shards import is_finished, write_shard
+from repcodec.speech_encoders import EncoderSpec, SpeechEncoder
+
+
+def feature_folder(root: Path | str, encoder: str, layer: int, split: str) -> Path:
+    """Return where a split's features lie: `root/<encoder>/l<layer>/<split>`."""
+    return Path(root) / encoder / f"l{layer}" / split
+
+
+def make_manifest(folder: Path | str) -> Manifest:
+    """List the sound files below a folder.
+
+    Raises:
+        RepCodecError: the folder holds none, or one is unreadable.
+    """
+    root = Path(folder).resolve()
+    files = find_sound_files(root)
+    samples = [num_samples_at_16khz(path) for path in tqdm(files, desc="Reading sound headers", unit="file")]
+    return Manifest(root, [path.relative_to(root).as_posix() for path in files], samples)
+
+
+@torch.inference_mode()
+def extract(
+    manifest: Manifest,
+    folder: Path | str,
+    spec: EncoderSpec,
+    encoder: SpeechEncoder,
+    rank: int = 0,
+    num_shards: int = 1,
+    description: str = "Extracting features",
+) -> None:
+    """Write shard `rank` of `num_shards` of a manifest's features; a finished shard is left as it is.
+
+    Args:
+        manifest: the whole split.
+        folder: where the shard goes.
+        spec: the row of the encoder table, for the shard's description.
+        encoder: the speech encoder, on its device.
+        description: what the progress bar says.
+
+    Raises:
+        RepCodecError: a sound file is unreadable or too short for one frame, or the shard cannot be written.
+    """
+    if is_finished(folder, rank, num_shards):
+        return
+    utterances = manifest.shard(rank, num_shards)
+    about = {
+        "encoder": spec.name,
+        "layer": encoder.layer,
+        "dim": encoder.dim,
+        "frame_rate": encoder.frame_rate,
+        "dtype": "float32",
+        "manifest_sha256": manifest.sha256(),
+        "root": str(manifest.root),
+        "utterances": list(utterances.paths),
+    }
+    device = next(encoder.parameters()).device
+    with (
+        write_shard(folder, rank, num_shards, encoder.dim, about) as shard,
+        tqdm(total=sum(utterances.num_samples) // 16_000, desc=description, unit="s", unit_scale=True) as bar,
+    ):
+        for name, num_samples in zip(utterances.paths, utterances.num_samples, strict=True):
+            path = manifest.root / name
+            waveform = torch.from_numpy(read_audio(path)).to(device)
+            features = encoder(waveform)
+            if len(features) == 0:
+                raise RepCodecError(
+                    f"{path}: {len(waveform)} samples are too short for one frame; remove it from the manifest."
+                )
+            shard.append(name, features.cpu().numpy())
+            bar.update(num_samples // 16_000)

@@ -1,0 +1,337 @@
+"""Quantizers: the contract, its result, and vector quantization with moving averages.
+
+Letters: N valid frames, C width of a code vector, K codebooks, V codes a codebook.
+"""
+
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from repcodec.errors import RepCodecError
+
+NO_CODE = -1
+"""Code of a frame beyond an utterance's length."""
+
+
+@dataclass
+class QuantizerOutput:
+    """What a quantizer makes of a batch.
+
+    Attributes:
+        quantized: (B, T, C) code vectors, zero at invalid frames; gradients pass to the input unchanged.
+        codes: (B, K, T) int64, `NO_CODE` at invalid frames.
+        loss: scalar, the commitment loss summed over codebooks; a mean over valid frames.
+    """
+
+    quantized: Tensor
+    codes: Tensor
+    loss: Tensor
+
+
+class Quantizer(nn.Module):
+    """Contract: what the codec asks of a quantizer.
+
+    Attributes:
+        kind: its name in `QUANTIZERS`.
+        dim: C.
+        codebook_size: V.
+        num_codebooks: K.
+    """
+
+    kind: str
+    dim: int
+    codebook_size: int
+    num_codebooks: int
+
+    def forward(self, z: Tensor, mask: Tensor) -> QuantizerOutput:
+        """Quantize (B, T, C) where mask (B, T) is True; in training, note the statistics of the step."""
+        raise NotImplementedError
+
+    def encode(self, z: Tensor, mask: Tensor) -> Tensor:
+        """(B, T, C) and mask (B, T) -> codes (B, K, T)."""
+        raise NotImplementedError
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes (B, K, T) -> (B, T, C), zero where a code is `NO_CODE`."""
+        raise NotImplementedError
+
+    def update(self) -> None:
+        """Move the codebooks by what the forward passes since the last call noted; once an optimizer step."""
+        raise NotImplementedError
+
+    def start(self, z: Tensor, seed: int) -> None:
+        """Place the first codes on the vectors z (N, C) of this rank; every rank gets the same codes."""
+        raise NotImplementedError
+
+    def config(self) -> dict:
+        """Return the arguments besides `dim` that make this quantizer again, plain values."""
+        raise NotImplementedError
+
+
+def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
+    """Return (N,) int64: the code nearest each row of z (N, C) by squared Euclidean distance.
+
+    The codebook is (V, C). Rows are taken in blocks, so that memory does not grow with N.
+    """
+    # |z - e|^2 less |z|^2, which is the same for every code.
+    half_norms = codebook.square().sum(1) / 2
+    with torch.autocast(z.device.type, enabled=False):
+        blocks = [torch.addmm(half_norms, block, codebook.T, alpha=-1).argmin(1) for block in z.split(16_384)]
+    return torch.cat(blocks)
+
+
+def fit_centroids(frames: np.ndarray, num_centroids: int, seed: int = 0) -> np.ndarray:
+    """Fit k-means to convergence: mini-batches first, then full passes until the error stops falling.
+
+    Args:
+        frames: (N, D) float.
+        num_centroids: V.
+        seed: of the start and the mini-batches.
+
+    Returns:
+        (V, D) float32.
+
+    Raises:
+        RepCodecError: fewer frames than centroids.
+    """
+    from sklearn.cluster import KMeans, MiniBatchKMeans
+    from sklearn.exceptions import ConvergenceWarning
+
+    if len(frames) < num_centroids:
+        raise RepCodecError(
+            f"k-means of {num_centroids} codes needs at least as many frames, found {len(frames)}; "
+            "take a smaller codebook or more speech."
+        )
+    frames = np.ascontiguousarray(frames, dtype=np.float32)
+    rough = MiniBatchKMeans(
+        num_centroids, batch_size=max(4096, 4 * num_centroids), n_init=1, max_iter=30, random_state=seed,
+        reassignment_ratio=0.0,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # repeated frames: fewer distinct points than codes
+        rough.fit(frames)
+        exact = KMeans(num_centroids, init=rough.cluster_centers_, n_init=1, max_iter=100, tol=1e-5, random_state=seed)
+        exact.fit(frames)
+    return exact.cluster_centers_.astype(np.float32)
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """Add a tensor up over all ranks, in place, where there are several."""
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """Concatenate the rows (N, …) of all ranks; N may differ from rank to rank, and be 0."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return rows
+    counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
+    most = int(max(counts))
+    padded = torch.cat([rows, rows.new_zeros(most - len(rows), *rows.shape[1:])])
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+class EMACodebook(nn.Module):
+    """One codebook, moved by exponential moving averages of what was assigned to it (VQ-VAE, appendix A.1).
+
+    Buffers, all of the codebook's own precision, also under mixed precision:
+        codes: (V, C), the code vectors: moving sum / smoothed moving count.
+        counts: (V,), moving average of the frames a step assigns to each code, over all ranks.
+        sums: (V, C), moving average of the sum of those frames.
+    """
+
+    EPSILON = 1e-5
+    """Laplace smoothing of the counts, as published."""
+
+    def __init__(self, codebook_size: int, dim: int, decay: float, revive_below: float):
+        super().__init__()
+        self.decay, self.revive_below = decay, revive_below
+        self.register_buffer("codes", torch.randn(codebook_size, dim))
+        self.register_buffer("counts", torch.zeros(codebook_size))
+        self.register_buffer("sums", self.codes.clone())
+        self._pending: list[tuple[Tensor, Tensor]] = []
+
+    def quantize(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Valid frames z (N, C) -> their code vectors (N, C) and codes (N,)."""
+        codes = nearest_code(z, self.codes)
+        return self.codes[codes], codes
+
+    def note(self, z: Tensor, codes: Tensor) -> None:
+        """Remember the frames z (N, C) and their codes (N,) for the next `update`."""
+        self._pending.append((z.detach(), codes))
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the codes by the frames noted on all ranks; without a single one nothing moves."""
+        if not self._pending:
+            z, codes = self.codes[:0], torch.empty(0, dtype=torch.int64, device=self.codes.device)
+        else:
+            z, codes = (torch.cat(parts) for parts in zip(*self._pending, strict=True))
+        self._pending.clear()
+        counts = torch.zeros_like(self.counts).index_add_(0, codes, torch.ones_like(z[:, 0]))
+        sums = torch.zeros_like(self.sums).index_add_(0, codes, z)
+        sum_over_ranks(counts)
+        sum_over_ranks(sums)
+        if counts.sum() == 0:
+            return
+        self.counts.mul_(self.decay).add_(counts, alpha=1 - self.decay)
+        self.sums.mul_(self.decay).add_(sums, alpha=1 - self.decay)
+        total = self.counts.sum()
+        smoothed = (self.counts + self.EPSILON) / (total + len(self.counts) * self.EPSILON) * total
+        old = self.codes.clone()
+        self.codes.copy_(self.sums / smoothed[:, None])
+        if self.revive_below > 0:
+            self._revive(z, codes, old)
+
+    def _revive(self, z: Tensor, codes: Tensor, old: Tensor) -> None:
+        """Move codes whose count fell below `revive_below` onto frames of this step, and reset their statistics.
+
+        The frames are those at evenly spaced ranks of the quantization error, over the frames of all ranks:
+        that depends on no random number and on no order, so any number of ranks chooses the same ones.
+        """
+        unused = (self.counts < self.revive_below).nonzero()[:, 0]
+        if len(unused) == 0:
+            return
+        z, errors = gather_rows(z), gather_rows((z - old[codes]).square().sum(1))
+        unused = unused[: len(z)]
+        ranked = errors.argsort(descending=True, stable=True)
+        chosen = z[ranked[torch.arange(len(unused), device=z.device) * len(z) // len(unused)]]
+        # The count of an ordinary code, so that the code gets its time before it is revived again.
+        share = self.counts.sum() / len(self.counts)
+        self.codes[unused], self.counts[unused], self.sums[unused] = chosen, share, chosen * share
+
+    @torch.no_grad()
+    def place(self, codes: Tensor, counts: Tensor) -> None:
+        """Start from codes (V, C) and the frames (V,) a step would assign to each."""
+        self.codes.copy_(codes)
+        self.counts.copy_(counts)
+        self.sums.copy_(self.codes * self.counts[:, None])
+
+
+class EMAQuantizer(Quantizer):
+    """Residual vector quantization over K codebooks with moving averages; K = 1 is the published quantizer.
+
+    A codebook quantizes what the ones before it left over. A step's vectors, codes and losses use the codes
+    from before its update.
+    """
+
+    kind = "ema"
+
+    def __init__(self, dim: int, codebook_size: int = 1024, num_codebooks: int = 1, decay: float = 0.8,
+                 revive_below: float = 0.0):
+        """Codes start as N(0, 1).
+
+        Args:
+            dim: C.
+            codebook_size: V.
+            num_codebooks: K.
+            decay: of the moving averages.
+            revive_below: a code whose moving count of frames a step falls below this is moved onto a frame of the
+                batch; 0 leaves unused codes alone, as published.
+
+        Raises:
+            ValueError: an argument outside its range.
+        """
+        super().__init__()
+        if codebook_size < 1 or num_codebooks < 1 or not 0 <= decay < 1 or revive_below < 0:
+            raise ValueError("expected codebook_size >= 1, num_codebooks >= 1, 0 <= decay < 1, revive_below >= 0")
+        self.dim, self.codebook_size, self.num_codebooks = dim, codebook_size, num_codebooks
+        self.decay, self.revive_below = decay, revive_below
+        self.codebooks = nn.ModuleList(
+            EMACodebook(codebook_size, dim, decay, revive_below) for _ in range(num_codebooks)
+        )
+
+    def config(self) -> dict:
+        """Return the arguments that make this quantizer again."""
+        return {
+            "codebook_size": self.codebook_size,
+            "num_codebooks": self.num_codebooks,
+            "decay": self.decay,
+            "revive_below": self.revive_below,
+        }
+
+    def forward(self, z: Tensor, mask: Tensor) -> QuantizerOutput:
+        """Quantize (B, T, C) where mask (B, T) is True; in training, note the statistics of the step."""
+        valid = self._valid(z, mask)
+        residual, quantized, codes = valid, torch.zeros_like(valid), []
+        loss = valid.new_zeros(())
+        for codebook in self.codebooks:
+            vectors, chosen = codebook.quantize(residual)
+            if self.training:
+                codebook.note(residual, chosen)
+            if len(valid):
+                loss = loss + nn.functional.mse_loss(residual, vectors)
+            # Straight through: the value of the vectors, the derivative of the residual.
+            through = residual + (vectors - residual).detach()
+            quantized = quantized + through
+            residual = residual - through
+            codes.append(chosen)
+        return QuantizerOutput(_spread(quantized, mask, 0).to(z.dtype), _spread_codes(codes, mask), loss)
+
+    def encode(self, z: Tensor, mask: Tensor) -> Tensor:
+        """(B, T, C) and mask (B, T) -> codes (B, K, T)."""
+        residual, codes = self._valid(z, mask), []
+        for codebook in self.codebooks:
+            vectors, chosen = codebook.quantize(residual)
+            residual = residual - vectors
+            codes.append(chosen)
+        return _spread_codes(codes, mask)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes (B, K, T) -> (B, T, C), zero where a code is `NO_CODE`."""
+        mask = codes[:, 0] != NO_CODE
+        vectors = sum(
+            codebook.codes[codes[:, k].clamp(min=0)] for k, codebook in enumerate(self.codebooks)
+        )
+        return vectors * mask[..., None].to(vectors.dtype)
+
+    def update(self) -> None:
+        """Move the codebooks by the frames of the forward passes since the last call, over all ranks."""
+        for codebook in self.codebooks:
+            codebook.update()
+
+    @torch.no_grad()
+    def start(self, z: Tensor, seed: int) -> None:
+        """Place the codes by k-means over the vectors z (N, C) of all ranks, codebook after codebook."""
+        residual = gather_rows(z.to(self.codebooks[0].codes))
+        for codebook in self.codebooks:
+            if not dist.is_initialized() or dist.get_rank() == 0:
+                centroids = torch.from_numpy(fit_centroids(residual.cpu().numpy(), self.codebook_size, seed))
+                centroids = centroids.to(residual)
+            else:
+                centroids = torch.empty_like(codebook.codes)
+            if dist.is_initialized():
+                dist.broadcast(centroids, src=0)
+            codes = nearest_code(residual, centroids)
+            counts = torch.bincount(codes, minlength=self.codebook_size).to(residual)
+            # A code nobody uses would count 0 and leave its place at the first update.
+            codebook.place(centroids, counts / counts.mean().clamp(min=1e-9))
+            residual = residual - centroids[codes]
+
+    def _valid(self, z: Tensor, mask: Tensor) -> Tensor:
+        """Return the valid frames (N, C) in the codebook's precision, whatever autocast says."""
+        return z[mask].to(self.codebooks[0].codes.dtype)
+
+
+def _spread(rows: Tensor, mask: Tensor, fill: float) -> Tensor:
+    """Put the rows (N, …) of valid frames back to their places (B, T, …), `fill` elsewhere."""
+    spread = rows.new_full((*mask.shape, *rows.shape[1:]), fill)
+    spread[mask] = rows
+    return spread
+
+
+def _spread_codes(codes: list[Tensor], mask: Tensor) -> Tensor:
+    """K lists of codes (N,) -> (B, K, T)."""
+    return _spread(torch.stack(codes, 1), mask, NO_CODE).mT.contiguous()
+
+
+QUANTIZERS: dict[str, type[Quantizer]] = {"ema": EMAQuantizer}
+"""The quantizers that a saved codec may name in its config.json."""

@@ -1,0 +1,301 @@
+"""Feature shards: `{rank}_{n}.npy`, a (sum of T, D) float array, and `{rank}_{n}.len`, one T a line.
+
+Beside them lies `{rank}_{n}.json`, which names the utterances and says how the features were made;
+shards made by the published scripts lack it and are read all the same.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from repcodec.errors import RepCodecError
+from repcodec.files import atomic_write
+
+
+def shard_path(folder: Path | str, rank: int, num_shards: int, suffix: str) -> Path:
+    """Return where shard `rank` of `num_shards` has its .npy, .len or .json."""
+    return Path(folder) / f"{rank}_{num_shards}{suffix}"
+
+
+class ShardWriter:
+    """Appends the features of one utterance after another to one shard."""
+
+    def __init__(self, file, path: Path, dim: int):
+        self._file, self._path, self._dim = file, path, dim
+        self.lengths: list[int] = []
+        self.write_header()
+
+    def write_header(self) -> None:
+        """Write the .npy header at the start; numpy leaves room for the row count to grow."""
+        self._file.seek(0)
+        header = {"descr": "<f4", "fortran_order": False, "shape": (sum(self.lengths), self._dim)}
+        np.lib.format.write_array_header_1_0(self._file, header)
+
+    def append(self, utterance: str, features: np.ndarray) -> None:
+        """Append the (T, D) features of an utterance.
+
+        Raises:
+            RepCodecError: wrong width, or a value that is not finite.
+        """
+        if features.ndim != 2 or features.shape[1] != self._dim:
+            raise RepCodecError(f"{utterance}: features have shape {features.shape}, expected (T, {self._dim}).")
+        check_finite(features, utterance)
+        self._file.write(np.ascontiguousarray(features, dtype="<f4").tobytes())
+        self.lengths.append(len(features))
+
+
+@contextmanager
+def write_shard(folder: Path | str, rank: int, num_shards: int, dim: int, about: dict) -> Iterator[ShardWriter]:
+    """Write one shard; its files appear only when the block ends well, the .len last.
+
+    Args:
+        folder: where `{rank}_{num_shards}.*` go.
+        dim: D.
+        about: what the .json beside the features says; its "utterances" are the relative paths, in order.
+
+    Raises:
+        RepCodecError: the files cannot be written, or the utterances appended are not those announced.
+    """
+    npy, lengths, sidecar = (shard_path(folder, rank, num_shards, s) for s in (".npy", ".len", ".json"))
+    with atomic_write(npy, "w+b") as file:
+        writer = ShardWriter(file, npy, dim)
+        yield writer
+        if len(writer.lengths) != len(about["utterances"]):
+            raise RepCodecError(
+                f"{npy}: {len(writer.lengths)} utterances were written, {len(about['utterances'])} announced."
+            )
+        writer.write_header()
+    with atomic_write(sidecar) as file:
+        json.dump(about, file, indent=1, ensure_ascii=False)
+    with atomic_write(lengths) as file:
+        file.writelines(f"{length}\n" for length in writer.lengths)
+
+
+def is_finished(folder: Path | str, rank: int, num_shards: int) -> bool:
+    """Say whether shard `rank` of `num_shards` has all its files."""
+    return all(shard_path(folder, rank, num_shards, s).exists() for s in (".npy", ".json", ".len"))
+
+
+def check_finite(features: np.ndarray, source: object) -> None:
+    """Refuse features that hold NaN or infinity.
+
+    Raises:
+        RepCodecError: names `source` and the first bad frame.
+    """
+    # A finite sum needs no look at each value; float32 sums of features do not overflow on their own.
+    if np.isfinite(features.sum(dtype=np.float64)):
+        return
+    bad = ~np.isfinite(features).all(axis=-1)
+    if bad.any():
+        raise RepCodecError(
+            f"{source}: frame {int(np.argwhere(bad)[0][-1])} holds NaN or infinity ({int(bad.sum())} such frames); "
+            "extract these features again, in float32."
+        )
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """One shard, opened: memory-mapped (rows, D) features, lengths, and its sidecar (empty when it has none)."""
+
+    path: Path
+    rows: np.ndarray
+    lengths: np.ndarray
+    about: dict
+
+
+class FeatureShards:
+    """All shards of a split, read through memory maps.
+
+    Utterances are numbered through the shards in rank order, which is manifest order.
+
+    Attributes:
+        folder: where the shards lie.
+        dim: D.
+        lengths: (N,) frames of each utterance.
+        names: relative path of each utterance, or None where the shards have no .json.
+        root: the audio root, "" where the shards have no .json.
+        frame_rate: frames per second, None where the shards have no .json.
+    """
+
+    def __init__(self, folder: Path | str, dim: int | None = None):
+        """Open and check every shard of a folder (headers and lengths, not the values).
+
+        Args:
+            dim: the width expected, if one is.
+
+        Raises:
+            RepCodecError: no shard, a missing or unfinished one, wrong width or type, a truncated file,
+                or lengths that do not sum to the rows.
+        """
+        self.folder = Path(folder)
+        self._shards = [_open_shard(path, dim) for path in _shard_files(self.folder)]
+        self.dim = self._shards[0].rows.shape[1]
+        for shard in self._shards:
+            if shard.rows.shape[1] != self.dim:
+                raise RepCodecError(
+                    f"{shard.path}: width {shard.rows.shape[1]}, but {self._shards[0].path} has {self.dim}; "
+                    "shards of one folder must come from one speech encoder."
+                )
+        self.lengths = np.concatenate([shard.lengths for shard in self._shards])
+        if self.lengths.sum() == 0:
+            raise RepCodecError(f"{self.folder}: the split is empty: its shards hold no frame; extract it again.")
+        self._shard_of = np.repeat(np.arange(len(self._shards)), [len(s.lengths) for s in self._shards])
+        self._row_of = np.concatenate([np.cumsum(s.lengths) - s.lengths for s in self._shards])
+        described = all(shard.about for shard in self._shards)
+        self.names = [name for s in self._shards for name in s.about["utterances"]] if described else None
+        self.root = self._shards[0].about.get("root", "")
+        self.frame_rate = self._shards[0].about.get("frame_rate")
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def where(self, utterance: int) -> str:
+        """Say in words which utterance this is, for messages."""
+        path = self._shards[self._shard_of[utterance]].path
+        return f"{path}, {self.names[utterance] if self.names else f'utterance {utterance}'}"
+
+    def features(self, utterance: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Return a view (T, D) of an utterance, or of its frames `start` to `stop`; values are not checked."""
+        row, length = self._row_of[utterance], self.lengths[utterance]
+        stop = length if stop is None else min(stop, length)
+        return self._shards[self._shard_of[utterance]].rows[row + start : row + stop]
+
+    def gather(self, utterances: Sequence[int], starts: Sequence[int], num_frames: int) -> tuple:
+        """Copy crops straight into one batch, zeros where an utterance ends before its crop.
+
+        Args:
+            utterances: B utterances.
+            starts: the first frame of each crop.
+            num_frames: T, the frames of a crop.
+
+        Returns:
+            (B, T, D) float32 features and (B,) int64 valid frames of each.
+
+        Raises:
+            RepCodecError: a value is not finite.
+        """
+        batch = np.zeros((len(utterances), num_frames, self.dim), dtype=np.float32)
+        lengths = np.zeros(len(utterances), dtype=np.int64)
+        for b, (utterance, start) in enumerate(zip(utterances, starts, strict=True)):
+            crop = self.features(utterance, start, start + num_frames)
+            batch[b, : len(crop)] = crop
+            lengths[b] = len(crop)
+        if not np.isfinite(batch.sum(dtype=np.float64)):
+            for b, utterance in enumerate(utterances):
+                check_finite(batch[b], self.where(utterance))
+        return batch, lengths
+
+    def sample(self, num_frames: int) -> np.ndarray:
+        """Return at most `num_frames` frames, evenly spaced over all: all of them when there are no more.
+
+        Returns:
+            (N, D) float32.
+
+        Raises:
+            RepCodecError: a value is not finite.
+        """
+        step = max(1, -(-int(self.lengths.sum()) // num_frames))
+        parts = []
+        first = 0
+        for shard in self._shards:
+            rows = np.asarray(shard.rows[first::step], dtype=np.float32)
+            check_finite(rows, shard.path)
+            parts.append(rows)
+            first = (first - len(shard.rows)) % step
+        return np.concatenate(parts)
+
+
+def _shard_files(folder: Path) -> list[Path]:
+    """List the .npy files of a folder in rank order, refusing an incomplete or mixed set."""
+    if not folder.is_dir():
+        raise RepCodecError(f"{folder}: no such folder of feature shards; `repcodec extract` makes one.")
+    found: dict[int, dict[int, Path]] = {}
+    for path in folder.glob("*.npy"):
+        if match := re.fullmatch(r"(\d+)_(\d+)", path.stem):
+            found.setdefault(int(match[2]), {})[int(match[1])] = path
+    if len(found) != 1:
+        several = " and ".join(f"shards of {n}" for n in sorted(found))
+        raise RepCodecError(
+            f"{folder}: found {several or 'no {rank}_{n}.npy shard'}, expected one complete set; `repcodec extract` "
+            "makes one."
+        )
+    (num_shards, by_rank), *_ = found.items()
+    missing = sorted(set(range(num_shards)) - by_rank.keys())
+    if missing or len(by_rank) != num_shards:
+        raise RepCodecError(
+            f"{folder}: found {len(by_rank)} of {num_shards} shards, number {missing[:5]} is missing; extract it too."
+        )
+    return [by_rank[rank] for rank in range(num_shards)]
+
+
+def _open_shard(path: Path, dim: int | None) -> _Shard:
+    try:
+        with open(path, "rb") as file:
+            version = np.lib.format.read_magic(file)
+            read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else (
+                np.lib.format.read_array_header_2_0
+            )
+            shape, fortran_order, dtype = read_header(file)
+            offset = file.tell()
+            found_bytes = os.fstat(file.fileno()).st_size - offset
+    except (OSError, ValueError) as error:
+        raise RepCodecError(f"{path}: not a readable .npy file ({error}); extract it again.") from error
+    if len(shape) != 2 or fortran_order or dtype.kind != "f":
+        raise RepCodecError(f"{path}: holds a {dtype} array of shape {shape}, expected a (frames, width) float array.")
+    if dim is not None and shape[1] != dim:
+        raise RepCodecError(
+            f"{path}: the features have width {shape[1]}, expected {dim}; choose the speech encoder they were made "
+            "with, or extract them again."
+        )
+    if found_bytes != shape[0] * shape[1] * dtype.itemsize:
+        raise RepCodecError(
+            f"{path}: the file is truncated or overlong: {found_bytes} bytes of values, expected "
+            f"{shape[0] * shape[1] * dtype.itemsize}; extract it again."
+        )
+    lengths = _read_lengths(path.with_suffix(".len"), rows=shape[0])
+    about = _read_sidecar(path.with_suffix(".json"), len(lengths))
+    # numpy cannot map an empty file.
+    rows = np.memmap(path, dtype, "r", offset, shape) if shape[0] else np.empty(shape, dtype)
+    return _Shard(path, rows, lengths, about)
+
+
+def _read_lengths(path: Path, rows: int) -> np.ndarray:
+    try:
+        lines = path.read_text(encoding="ascii").split()
+        lengths = np.array(lines, dtype=np.int64)
+    except FileNotFoundError as error:
+        raise RepCodecError(f"{path} is missing: the shard was never finished; extract it again.") from error
+    except (OSError, ValueError, OverflowError) as error:
+        raise RepCodecError(f"{path}: expected one number of frames a line ({error}).") from error
+    if (lengths < 0).any() or lengths.sum() != rows:
+        raise RepCodecError(
+            f"{path}: the lengths sum to {lengths.sum()} frames, but the .npy beside it has {rows} rows; "
+            "extract this shard again."
+        )
+    return lengths
+
+
+def _read_sidecar(path: Path, num_utterances: int) -> dict:
+    if not path.exists():
+        return {}
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        names = about["utterances"]
+        well_formed = (
+            isinstance(about["root"], str)
+            and isinstance(about["frame_rate"], (int, float))
+            and all(isinstance(name, str) for name in names)
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RepCodecError(f"{path}: not a readable shard description ({error!r}); extract this shard again.") from error
+    if not well_formed or len(names) != num_utterances:
+        raise RepCodecError(
+            f"{path}: names {len(names)} utterances, the .len beside it {num_utterances}; extract this shard again."
+        )
+    return about

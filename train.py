@@ -1,0 +1,57 @@
+"""Train a RepCodec on features of a frozen speech encoder: `python train.py --help`."""
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+
+import hydra
+import lightning as L
+from hydra.utils import instantiate
+from lightning.pytorch.loggers import WandbLogger
+from omegaconf import DictConfig, OmegaConf
+
+from repcodec.errors import RepCodecError, user_message
+
+log = logging.getLogger("repcodec")
+# Advice about workers and intervals that do not fit batches read from a memory map.
+warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+warnings.filterwarnings("ignore", message=".*number of training batches.*")
+
+
+def train(config: DictConfig) -> float:
+    """Train as configured; return the best validation's normalized reconstruction error."""
+    L.seed_everything(config.seed, workers=True, verbose=False)
+    run_dir = Path(config.run_dir)
+    data = instantiate(config.data)
+    module = instantiate(config.module)
+    loggers = [instantiate(logger) for logger in config.logger.values()]
+    callbacks = [instantiate(callback) for callback in config.callbacks.values()]
+    trainer = instantiate(config.trainer, logger=loggers, callbacks=callbacks)
+    for logger in loggers:
+        logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))
+    if trainer.is_global_zero:
+        OmegaConf.save(config, run_dir / "config.yaml", resolve=True)
+    trainer.fit(module, data, ckpt_path=config.ckpt_path, weights_only=True)
+    best = trainer.checkpoint_callback.best_model_score
+    if trainer.is_global_zero:
+        log.info("Codec of the best validation: %s", config.callbacks.save_codec.folder)
+        for logger in loggers:
+            if isinstance(logger, WandbLogger) and config.logger.wandb.offline:
+                run = Path(logger.experiment.dir).parent
+                log.info("W&B run, offline: %s\nSend it to your dashboard with: wandb sync %s", run, run)
+    return float("nan") if best is None else float(best)
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+def main(config: DictConfig) -> float:
+    """Run one job; a user's mistake ends in one sentence and exit code 1."""
+    try:
+        return train(config)
+    except RepCodecError as error:
+        print(f"error: {user_message(error)}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
