@@ -8,7 +8,6 @@ from pathlib import Path
 import hydra
 import lightning as L
 from hydra.utils import instantiate
-from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
 
 from repcodec.errors import RepCodecError, user_message
@@ -17,6 +16,7 @@ log = logging.getLogger("repcodec")
 # Advice about workers and intervals that do not fit batches read from a memory map.
 warnings.filterwarnings("ignore", message=".*does not have many workers.*")
 warnings.filterwarnings("ignore", message=".*number of training batches.*")
+warnings.filterwarnings("ignore", message=".*LeafSpec.*")
 
 
 def train(config: DictConfig) -> float:
@@ -36,10 +36,6 @@ def train(config: DictConfig) -> float:
     best = trainer.checkpoint_callback.best_model_score
     if trainer.is_global_zero:
         log.info("Codec of the best validation: %s", config.callbacks.save_codec.folder)
-        for logger in loggers:
-            if isinstance(logger, WandbLogger) and config.logger.wandb.offline:
-                run = Path(logger.experiment.dir).parent
-                log.info("W&B run, offline: %s\nSend it to your dashboard with: wandb sync %s", run, run)
     return float("nan") if best is None else float(best)
 
 

@@ -65,7 +65,9 @@ class ValidateFirst(L.Callback):
 class SaveCodec(L.Callback):
     """Saves the codec of the best validation as config.json and model.safetensors."""
 
-    def __init__(self, folder: str, encoder: str, layer: int, frame_rate: float, monitor: str = "valid/normalized_error"):
+    def __init__(
+        self, folder: str, encoder: str, layer: int, frame_rate: float, monitor: str = "valid/normalized_error"
+    ):
         """Take the folder, and what config.json says of the features: speech encoder, layer, frames per second."""
         self.folder, self.monitor = Path(folder), monitor
         self.about = {

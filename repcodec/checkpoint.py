@@ -44,7 +44,7 @@ def read_config(folder: Path | str) -> dict:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RepCodecError(f"{path}: not a readable description of a saved codec ({error!r}).") from error
     if not isinstance(kind, str):
-        raise RepCodecError(f"{path}: \"kind\" is {kind!r}, expected a name.")
+        raise RepCodecError(f'{path}: "kind" is {kind!r}, expected a name.')
     return config
 
 

@@ -19,7 +19,6 @@ from repcodec.errors import RepCodecError
 from repcodec.quantizers import QUANTIZERS, EMAQuantizer, Quantizer, QuantizerOutput
 from repcodec.stacks import DecoderStack, EncoderStack, frame_mask, start_as_identity
 
-
 ARCHITECTURE = (
     *("dim", "input_channels", "output_channels", "encode_channels", "decode_channels", "code_dim", "bias"),
     *("enc_ratios", "dec_ratios", "enc_strides", "dec_strides", "enc_kernel_size", "dec_kernel_size"),
@@ -205,7 +204,9 @@ class RepCodec(nn.Module):
             quantizer = QUANTIZERS[quantizer.pop("kind")](config["code_dim"], **quantizer)
             codec = cls(**options, quantizer=quantizer)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise RepCodecError(f"{folder}/config.json: describes no codec this version can build ({error}).") from error
+            raise RepCodecError(
+                f"{folder}/config.json: describes no codec this version can build ({error})."
+            ) from error
         load_tensors(folder, codec)
         return codec.eval()
 

@@ -260,8 +260,9 @@ def convert_whisper_tiny_en(cache: Path | str) -> Path:
         os.replace(partial, folder)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise RepCodecError(f"{folder} could not be written ({error.strerror}); free some space or choose "
-                            "another data.cache.") from error
+        raise RepCodecError(
+            f"{folder} could not be written ({error.strerror}); free some space or choose another data.cache."
+        ) from error
     return folder
 
 
@@ -367,7 +368,9 @@ class DemoDataModule(ShardsDataModule):
             RepCodecError: no `model` for another encoder than the demo's.
         """
         if model is None and encoder != "whisper_tiny_en":
-            raise RepCodecError(f"data=demo has weights for encoder=whisper_tiny_en only: give data.model for {encoder}.")
+            raise RepCodecError(
+                f"data=demo has weights for encoder=whisper_tiny_en only: give data.model for {encoder}."
+            )
         corpus = f"espeak-v{CORPUS_VERSION}-seed{seed}"
         if audio is not None:
             root = Path(audio).expanduser().resolve()

@@ -45,9 +45,7 @@ class Manifest:
                 raise RepCodecError(f"{name!r} holds a tab or a line break, which a manifest cannot: rename it.")
         with atomic_write(path) as file:
             file.write(f"{self.root}\n")
-            file.writelines(
-                f"{name}\t{samples}\n" for name, samples in zip(self.paths, self.num_samples, strict=True)
-            )
+            file.writelines(f"{name}\t{samples}\n" for name, samples in zip(self.paths, self.num_samples, strict=True))
 
     @classmethod
     def read(cls, path: Path | str) -> "Manifest":

@@ -59,9 +59,7 @@ class CodeUsage(Metric):
 
     def __init__(self, num_codebooks: int, codebook_size: int):
         super().__init__()
-        self.add_state(
-            "counts", torch.zeros(num_codebooks, codebook_size, dtype=torch.int64), dist_reduce_fx="sum"
-        )
+        self.add_state("counts", torch.zeros(num_codebooks, codebook_size, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, codes: Tensor) -> None:
         """Add codes (B, K, T); `NO_CODE` counts nowhere."""

@@ -225,8 +225,9 @@ class EMAQuantizer(Quantizer):
 
     kind = "ema"
 
-    def __init__(self, dim: int, codebook_size: int = 1024, num_codebooks: int = 1, decay: float = 0.8,
-                 revive_below: float = 0.0):
+    def __init__(
+        self, dim: int, codebook_size: int = 1024, num_codebooks: int = 1, decay: float = 0.8, revive_below: float = 0.0
+    ):
         """Codes start as N(0, 1).
 
         Args:
@@ -288,9 +289,7 @@ class EMAQuantizer(Quantizer):
     def decode(self, codes: Tensor) -> Tensor:
         """Codes (B, K, T) -> (B, T, C), zero where a code is `NO_CODE`."""
         mask = codes[:, 0] != NO_CODE
-        vectors = sum(
-            codebook.codes[codes[:, k].clamp(min=0)] for k, codebook in enumerate(self.codebooks)
-        )
+        vectors = sum(codebook.codes[codes[:, k].clamp(min=0)] for k, codebook in enumerate(self.codebooks))
         return vectors * mask[..., None].to(vectors.dtype)
 
     def update(self) -> None:

@@ -238,8 +238,8 @@ def _open_shard(path: Path, dim: int | None) -> _Shard:
     try:
         with open(path, "rb") as file:
             version = np.lib.format.read_magic(file)
-            read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else (
-                np.lib.format.read_array_header_2_0
+            read_header = (
+                np.lib.format.read_array_header_1_0 if version == (1, 0) else (np.lib.format.read_array_header_2_0)
             )
             shape, fortran_order, dtype = read_header(file)
             offset = file.tell()
@@ -293,7 +293,9 @@ def _read_sidecar(path: Path, num_utterances: int) -> dict:
             and all(isinstance(name, str) for name in names)
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RepCodecError(f"{path}: not a readable shard description ({error!r}); extract this shard again.") from error
+        raise RepCodecError(
+            f"{path}: not a readable shard description ({error!r}); extract this shard again."
+        ) from error
     if not well_formed or len(names) != num_utterances:
         raise RepCodecError(
             f"{path}: names {len(names)} utterances, the .len beside it {num_utterances}; extract this shard again."

@@ -56,16 +56,18 @@ class ResidualUnit(nn.Module):
 class EncoderStage(nn.Module):
     """Residual units, one a dilation, then a convolution that may divide the frame rate by `stride`."""
 
-    def __init__(self, channels_in: int, channels_out: int, stride: int, dilations: Sequence[int], kernel_size: int,
-                 bias: bool):
+    def __init__(
+        self, channels_in: int, channels_out: int, stride: int, dilations: Sequence[int], kernel_size: int, bias: bool
+    ):
         super().__init__()
         self.stride = stride
         self.residuals = nn.ModuleList(ResidualUnit(channels_in, kernel_size, d) for d in dilations)
         if stride == 1:
             self.conv = _same_conv(channels_in, channels_out, 3, bias=bias)
         else:
-            self.conv = nn.Conv1d(channels_in, channels_out, 2 * stride, stride, padding=(2 * stride - 1) // 2,
-                                  bias=bias)
+            self.conv = nn.Conv1d(
+                channels_in, channels_out, 2 * stride, stride, padding=(2 * stride - 1) // 2, bias=bias
+            )
 
     def forward(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """(B, C, T) and lengths -> (B, C', T / stride) and lengths / stride; T is a multiple of the stride."""
@@ -78,15 +80,23 @@ class EncoderStage(nn.Module):
 class DecoderStage(nn.Module):
     """A convolution that may multiply the frame rate by `stride`, then residual units."""
 
-    def __init__(self, channels_in: int, channels_out: int, stride: int, dilations: Sequence[int], kernel_size: int,
-                 bias: bool):
+    def __init__(
+        self, channels_in: int, channels_out: int, stride: int, dilations: Sequence[int], kernel_size: int, bias: bool
+    ):
         super().__init__()
         self.stride = stride
         if stride == 1:
             self.conv: nn.Module = _same_conv(channels_in, channels_out, 3, bias=bias)
         else:
-            self.conv = nn.ConvTranspose1d(channels_in, channels_out, 2 * stride, stride, padding=(stride + 1) // 2,
-                                           output_padding=stride % 2, bias=bias)
+            self.conv = nn.ConvTranspose1d(
+                channels_in,
+                channels_out,
+                2 * stride,
+                stride,
+                padding=(stride + 1) // 2,
+                output_padding=stride % 2,
+                bias=bias,
+            )
         self.residuals = nn.ModuleList(ResidualUnit(channels_out, kernel_size, d) for d in dilations)
 
     def forward(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -101,9 +111,19 @@ class DecoderStage(nn.Module):
 class EncoderStack(nn.Module):
     """Input convolution, stages, projector: features -> vectors to quantize."""
 
-    def __init__(self, channels_in: int, channels: int, channels_out: int, *, ratios: Sequence[int],
-                 strides: Sequence[int], kernel_size: int, dilations: Sequence[int], block_kernel_size: int,
-                 bias: bool):
+    def __init__(
+        self,
+        channels_in: int,
+        channels: int,
+        channels_out: int,
+        *,
+        ratios: Sequence[int],
+        strides: Sequence[int],
+        kernel_size: int,
+        dilations: Sequence[int],
+        block_kernel_size: int,
+        bias: bool,
+    ):
         """Stage i goes to `channels * ratios[i]`; the projector goes from the last one to `channels_out`."""
         super().__init__()
         widths = [channels] + [channels * ratio for ratio in ratios]
@@ -125,9 +145,19 @@ class EncoderStack(nn.Module):
 class DecoderStack(nn.Module):
     """Input convolution, stages, output convolution: quantized vectors -> features."""
 
-    def __init__(self, channels_in: int, channels: int, channels_out: int, *, ratios: Sequence[int],
-                 strides: Sequence[int], kernel_size: int, dilations: Sequence[int], block_kernel_size: int,
-                 bias: bool):
+    def __init__(
+        self,
+        channels_in: int,
+        channels: int,
+        channels_out: int,
+        *,
+        ratios: Sequence[int],
+        strides: Sequence[int],
+        kernel_size: int,
+        dilations: Sequence[int],
+        block_kernel_size: int,
+        bias: bool,
+    ):
         """The stages start at `channels * ratios[0]`; stage i goes to `channels * ratios[i + 1]`, the last to C."""
         super().__init__()
         widths = [channels * ratio for ratio in ratios] + [channels]

@@ -1,0 +1,51 @@
+"""Compare tokenizers on a set of features: `python evaluate.py --help`."""
+
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from repcodec.errors import RepCodecError, user_message
+from repcodec.evaluation import evaluate, fit_kmeans
+from repcodec.report import print_table, read_curve, write_report
+from repcodec.tokenization import label, load_tokenizer
+
+
+def compare(config: DictConfig) -> None:
+    """Evaluate every tokenizer, print the table and write the report."""
+    data = instantiate(config.data)
+    data.prepare_data()
+    run_dir = Path(config.run_dir)
+    tokenizers = [(folder, load_tokenizer(folder)) for folder in config.tokenizers]
+    # A folder's name tells codecs apart only where there are several.
+    where = {folder: f", {folder}" if len(tokenizers) > 1 else "" for folder, _ in tokenizers}
+    names = [f"{label(tokenizer)}{where[folder]}" for folder, tokenizer in tokenizers]
+    models = [tokenizer for _, tokenizer in tokenizers]
+    for size in config.kmeans:
+        models.append(fit_kmeans(data, size, run_dir / f"kmeans-{size}"))
+        names.append(label(models[-1]))
+    results = [evaluate(model, name, data, config.split) for model, name in zip(models, names, strict=True)]
+    minutes = data.split(config.split).lengths.sum() / config.encoder.frame_rate / 60
+    facts = {
+        "features": f"{config.encoder.name}, layer {config.layer}, width {config.encoder.dim}",
+        "set": f"{config.split}, {minutes:.1f} minutes, of {data.dir}",
+    }
+    page = write_report(run_dir, results, facts, data.phone_labels, read_curve(run_dir / "logs"))
+    print_table(results, f"{facts['features']}: {config.split}")
+    print(f"report: {page}\nfigures: {run_dir / 'results.json'}, results.csv")
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
+def main(config: DictConfig) -> None:
+    """Run; a user's mistake ends in one sentence and exit code 1."""
+    try:
+        compare(config)
+    except RepCodecError as error:
+        print(f"error: {user_message(error)}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
