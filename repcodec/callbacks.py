@@ -27,17 +27,18 @@ class CodecStart(L.Callback):
         assert isinstance(module, CodecModule)
         if trainer.ckpt_path is not None:
             return
-        codec, data = module.codec, trainer.datamodule
+        codec, data = module.codec, trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it on attach
         codec.feature_mean.copy_(data.statistics.mean)
         codec.feature_scale.fill_(data.statistics.scale)
         codec.start_as_identity()
-        vectors, wanted = [], self.max_frames // trainer.world_size
+        wanted = self.max_frames // trainer.world_size
+        vectors: list[torch.Tensor] = []
         codec.eval()
         with torch.no_grad(), tqdm(total=min(wanted, int(data.train.lengths.sum())), unit="frame", unit_scale=True,
                                    desc="Frames for k-means", disable=trainer.global_rank > 0) as bar:  # fmt: skip
             for batch in data.start_dataloader():
                 z = codec.vectors(batch.features.to(module.device), batch.lengths.to(module.device))
-                vectors.append(z[: wanted - sum(map(len, vectors))])
+                vectors.append(z[: wanted - sum(len(v) for v in vectors)])
                 bar.update(len(vectors[-1]))
                 if len(vectors[-1]) < len(z):
                     break

@@ -9,7 +9,7 @@ from repcodec.errors import RepCodecError, user_message
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="repcodec",
-        description="Speech to discrete tokens. Train with train.py, compare with evaluate.py, use with these commands.",
+        description="Speech to discrete tokens. Train with train.py, compare with evaluate.py, use with these.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 

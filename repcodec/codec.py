@@ -56,6 +56,9 @@ class RepCodec(nn.Module):
         feature_scale: scalar buffer.
     """
 
+    feature_mean: Tensor
+    feature_scale: Tensor
+
     def __init__(
         self,
         dim: int,
@@ -200,8 +203,8 @@ class RepCodec(nn.Module):
             raise RepCodecError(f"{folder} holds a {config['kind']}, expected a repcodec.")
         try:
             options = {name: config[name] for name in ARCHITECTURE}
-            quantizer = dict(config["quantizer"])
-            quantizer = QUANTIZERS[quantizer.pop("kind")](config["code_dim"], **quantizer)
+            arguments = dict(config["quantizer"])
+            quantizer = QUANTIZERS[arguments.pop("kind")](config["code_dim"], **arguments)
             codec = cls(**options, quantizer=quantizer)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise RepCodecError(
@@ -275,7 +278,10 @@ class RepCodec(nn.Module):
 
     def _features(self, vectors: Tensor, counts: Tensor | None, lengths: Tensor | None, num_frames: int) -> Tensor:
         """Vectors (B, N, C), `counts` (B,) of them valid -> features (B, num_frames, D), zero beyond `lengths`."""
-        features = self.decoder(vectors, counts) * self.feature_scale + self.feature_mean
+        features = self.decoder(vectors, counts)
+        # A codec into features of another kind has no mean and scale of theirs to bring back.
+        if features.shape[-1] == len(self.feature_mean):
+            features = features * self.feature_scale + self.feature_mean
         features = features[:, :num_frames]
         if lengths is None and counts is not None:
             lengths = counts * self.stride

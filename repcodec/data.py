@@ -116,7 +116,7 @@ class ResumableLoader(DataLoader):
 
     sampler: CropSampler
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # torch names its own iterator class
         """Yield batches up to the end of the epoch that the sampler stands in."""
         for batch in super().__iter__():
             self.sampler.position += 1

@@ -294,7 +294,7 @@ def read_ctranslate2(data: bytes) -> dict[str, np.ndarray]:
     if (version, name) != (6, "WhisperSpec"):
         raise RepCodecError(f"the CTranslate2 file is {name} version {version}, expected WhisperSpec version 6.")
     arrays = {}
-    types = {1: np.dtype("i1"), 2: np.dtype("<i2"), 4: np.dtype("<f2")}
+    types: dict[int, np.dtype] = {1: np.dtype("i1"), 2: np.dtype("<i2"), 4: np.dtype("<f2")}
     (count,) = take("I")
     for _ in range(count):
         name = text()

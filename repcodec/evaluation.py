@@ -128,7 +128,7 @@ def evaluate(tokenizer: Tokenizer, name: str, data: ShardsDataModule, split: str
         normalized_error=float(measured.error.compute()),
         perplexity=usage["perplexity"],
         used_share=usage["used_share"],
-        corpus_used_share=float((corpus_usage.counts > 0).double().mean()),
+        corpus_used_share=float(torch.gt(corpus_usage.counts, 0).double().mean()),
         bits_per_second=codes_per_second * tokenizer.num_codebooks * float(np.log2(tokenizer.codebook_size)),
         entropy_bits_per_second=codes_per_second * usage["entropy_bits"],
         codes_per_second=codes_per_second * tokenizer.num_codebooks,

@@ -23,6 +23,7 @@ class KMeansTokenizer(nn.Module):
 
     num_codebooks = 1
     stride = 1
+    centroids: Tensor
 
     def __init__(self, centroids: Tensor):
         """Take (V, D) centroids."""

@@ -33,11 +33,14 @@ class NormalizedError(Metric):
     """
 
     full_state_update = False
+    mean: Tensor
+    error: Tensor
+    variation: Tensor
 
     def __init__(self, mean: Tensor):
         """Take the (D,) mean of the training set."""
         super().__init__()
-        self.register_buffer("mean", mean.double())
+        self.register_buffer("mean", mean.double(), persistent=False)
         self.add_state("error", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("variation", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
@@ -56,6 +59,7 @@ class CodeUsage(Metric):
     """How the codes were used over all frames: a count for each code of each codebook."""
 
     full_state_update = False
+    counts: Tensor
 
     def __init__(self, num_codebooks: int, codebook_size: int):
         super().__init__()
@@ -76,7 +80,7 @@ class CodeUsage(Metric):
         entropy = -torch.xlogy(share, share).sum(1)
         return {
             "perplexity": entropy.exp().mean(),
-            "used_share": (self.counts > 0).double().mean(),
+            "used_share": torch.gt(self.counts, 0).double().mean(),
             "entropy_bits": entropy.sum() / math.log(2),
         }
 
@@ -89,6 +93,7 @@ class PhoneAgreement(Metric):
     """
 
     full_state_update = False
+    joint: Tensor
 
     def __init__(self, num_phones: int, codebook_size: int):
         super().__init__()

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -51,7 +52,8 @@ class CodecModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Make the metric that needs the training set's mean."""
-        self.valid_error = NormalizedError(self.trainer.datamodule.statistics.mean).to(self.device)
+        data = self.trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it on attach
+        self.valid_error = NormalizedError(data.statistics.mean)
 
     def _losses(self, batch: Batch) -> tuple[dict[str, Tensor], CodecOutput]:
         """Return reconstruction, commitment and their weighted sum, each a mean over the valid frames of all ranks.
@@ -111,7 +113,7 @@ class CodecModule(L.LightningModule):
                     self.log(f"{prefix}/{name}", value)
         self.train_usage.reset()
 
-    def configure_optimizers(self) -> dict:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Make optimizer and schedule."""
         optimizer = self.optimizer(self.codec.parameters())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}

@@ -148,6 +148,10 @@ class EMACodebook(nn.Module):
         sums: (V, C), moving average of the sum of those frames.
     """
 
+    codes: Tensor
+    counts: Tensor
+    sums: Tensor
+
     EPSILON = 1e-5
     """Laplace smoothing of the counts, as published."""
 
@@ -197,7 +201,7 @@ class EMACodebook(nn.Module):
         The frames are those at evenly spaced ranks of the quantization error, over the frames of all ranks:
         that depends on no random number and on no order, so any number of ranks chooses the same ones.
         """
-        unused = (self.counts < self.revive_below).nonzero()[:, 0]
+        unused = torch.lt(self.counts, self.revive_below).nonzero()[:, 0]
         if len(unused) == 0:
             return
         z, errors = gather_rows(z), gather_rows((z - old[codes]).square().sum(1))
@@ -246,9 +250,12 @@ class EMAQuantizer(Quantizer):
             raise ValueError("expected codebook_size >= 1, num_codebooks >= 1, 0 <= decay < 1, revive_below >= 0")
         self.dim, self.codebook_size, self.num_codebooks = dim, codebook_size, num_codebooks
         self.decay, self.revive_below = decay, revive_below
-        self.codebooks = nn.ModuleList(
-            EMACodebook(codebook_size, dim, decay, revive_below) for _ in range(num_codebooks)
-        )
+        books = [EMACodebook(codebook_size, dim, decay, revive_below) for _ in range(num_codebooks)]
+        self.codebooks = nn.ModuleList(books)
+
+    def _books(self) -> list[EMACodebook]:
+        """Return the codebooks, in the order in which they quantize."""
+        return list(self.codebooks)  # type: ignore[arg-type]  # nn.ModuleList tells no type
 
     def config(self) -> dict:
         """Return the arguments that make this quantizer again."""
@@ -264,12 +271,12 @@ class EMAQuantizer(Quantizer):
         valid = self._valid(z, mask)
         residual, quantized, codes = valid, torch.zeros_like(valid), []
         loss = valid.new_zeros(())
-        for codebook in self.codebooks:
+        for codebook in self._books():
             vectors, chosen = codebook.quantize(residual)
             if self.training:
                 codebook.note(residual, chosen)
-            if len(valid):
-                loss = loss + nn.functional.mse_loss(residual, vectors)
+            # A sum over its number, not a mean: without a single valid frame the loss is 0 and still has a gradient.
+            loss = loss + nn.functional.mse_loss(residual, vectors, reduction="sum") / max(1, residual.numel())
             # Straight through: the value of the vectors, the derivative of the residual.
             through = residual + (vectors - residual).detach()
             quantized = quantized + through
@@ -280,7 +287,7 @@ class EMAQuantizer(Quantizer):
     def encode(self, z: Tensor, mask: Tensor) -> Tensor:
         """(B, T, C) and mask (B, T) -> codes (B, K, T)."""
         residual, codes = self._valid(z, mask), []
-        for codebook in self.codebooks:
+        for codebook in self._books():
             vectors, chosen = codebook.quantize(residual)
             residual = residual - vectors
             codes.append(chosen)
@@ -289,19 +296,19 @@ class EMAQuantizer(Quantizer):
     def decode(self, codes: Tensor) -> Tensor:
         """Codes (B, K, T) -> (B, T, C), zero where a code is `NO_CODE`."""
         mask = codes[:, 0] != NO_CODE
-        vectors = sum(codebook.codes[codes[:, k].clamp(min=0)] for k, codebook in enumerate(self.codebooks))
+        vectors = torch.stack([book.codes[codes[:, k].clamp(min=0)] for k, book in enumerate(self._books())]).sum(0)
         return vectors * mask[..., None].to(vectors.dtype)
 
     def update(self) -> None:
         """Move the codebooks by the frames of the forward passes since the last call, over all ranks."""
-        for codebook in self.codebooks:
+        for codebook in self._books():
             codebook.update()
 
     @torch.no_grad()
     def start(self, z: Tensor, seed: int) -> None:
         """Place the codes by k-means over the vectors z (N, C) of all ranks, codebook after codebook."""
-        residual = gather_rows(z.to(self.codebooks[0].codes))
-        for codebook in self.codebooks:
+        residual = gather_rows(z.to(self._books()[0].codes))
+        for codebook in self._books():
             if not dist.is_initialized() or dist.get_rank() == 0:
                 centroids = torch.from_numpy(fit_centroids(residual.cpu().numpy(), self.codebook_size, seed))
                 centroids = centroids.to(residual)
@@ -317,7 +324,7 @@ class EMAQuantizer(Quantizer):
 
     def _valid(self, z: Tensor, mask: Tensor) -> Tensor:
         """Return the valid frames (N, C) in the codebook's precision, whatever autocast says."""
-        return z[mask].to(self.codebooks[0].codes.dtype)
+        return z[mask].to(self._books()[0].codes.dtype)
 
 
 def _spread(rows: Tensor, mask: Tensor, fill: float) -> Tensor:

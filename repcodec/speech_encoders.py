@@ -7,6 +7,7 @@ follows the stack. Nothing above that block is kept or run.
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -86,7 +87,7 @@ class HubertEncoder(SpeechEncoder):
     RECEPTIVE_FIELD = 400
     """Samples the convolutions need for their first frame."""
 
-    def __init__(self, model: nn.Module, layer: int, waveform_norm: bool):
+    def __init__(self, model: Any, layer: int, waveform_norm: bool):
         """Take a transformers HubertModel or Data2VecAudioModel that ends with block `layer`."""
         super().__init__(model.config.hidden_size, layer)
         self.waveform_norm = waveform_norm
@@ -118,14 +119,15 @@ class HubertEncoder(SpeechEncoder):
 class WhisperEncoder(SpeechEncoder):
     """Whisper's encoder on the log-mel of the utterance at its own length, not padded to 30 s."""
 
-    def __init__(self, model: nn.Module, layer: int):
+    def __init__(self, model: Any, layer: int):
         """Take transformers' module of that name, ending with block `layer`; its last norm is left out."""
         from transformers import WhisperFeatureExtractor
 
         super().__init__(model.config.d_model, layer)
-        self.conv1, self.conv2 = model.conv1, model.conv2
-        self.positions = model.embed_positions
-        self.blocks = model.layers
+        self.conv1: nn.Conv1d = model.conv1
+        self.conv2: nn.Conv1d = model.conv2
+        self.positions: nn.Embedding = model.embed_positions
+        self.blocks: nn.ModuleList = model.layers
         self.log_mel = WhisperFeatureExtractor(feature_size=model.config.num_mel_bins)
 
     def num_frames(self, num_samples: int) -> int:
@@ -188,7 +190,7 @@ def load_speech_encoder(spec: EncoderSpec, layer: int | None = None, model: str 
     return encoder.eval().requires_grad_(False)
 
 
-def _load_blocks(source: str, layer: int) -> nn.Module:
+def _load_blocks(source: str, layer: int) -> Any:
     """Load a transformers model as far as block `layer`: the blocks above are not even read."""
     import transformers
     from transformers.models.whisper.modeling_whisper import WhisperEncoder as WhisperBlocks
@@ -197,9 +199,9 @@ def _load_blocks(source: str, layer: int) -> nn.Module:
     try:
         config = transformers.AutoConfig.from_pretrained(source)
         # A whole Whisper names its encoder's weights model.encoder.* or encoder.*.
-        names = {r"^(model\.)?encoder\.": ""}
-        classes = {
-            "whisper": (WhisperBlocks, "encoder_layers", names),
+        inner = {r"^(model\.)?encoder\.": ""}
+        classes: dict[str, tuple[Any, str, dict | None]] = {
+            "whisper": (WhisperBlocks, "encoder_layers", inner),
             "hubert": (transformers.HubertModel, "num_hidden_layers", None),
             "data2vec-audio": (transformers.Data2VecAudioModel, "num_hidden_layers", None),
         }

@@ -26,7 +26,9 @@ def masked(x: Tensor, lengths: Tensor | None) -> Tensor:
     return x * frame_mask(lengths, x.shape[-1])[:, None].to(x.dtype)
 
 
-def _same_conv(channels_in: int, channels_out: int, kernel_size: int, dilation: int = 1, bias: bool = False):
+def _same_conv(
+    channels_in: int, channels_out: int, kernel_size: int, dilation: int = 1, bias: bool = False
+) -> nn.Conv1d:
     """Return a convolution with zero padding that keeps T.
 
     Raises:
@@ -61,6 +63,7 @@ class EncoderStage(nn.Module):
     ):
         super().__init__()
         self.stride = stride
+        self.conv: nn.Conv1d
         self.residuals = nn.ModuleList(ResidualUnit(channels_in, kernel_size, d) for d in dilations)
         if stride == 1:
             self.conv = _same_conv(channels_in, channels_out, 3, bias=bias)
@@ -86,7 +89,7 @@ class DecoderStage(nn.Module):
         super().__init__()
         self.stride = stride
         if stride == 1:
-            self.conv: nn.Module = _same_conv(channels_in, channels_out, 3, bias=bias)
+            self.conv: nn.Conv1d | nn.ConvTranspose1d = _same_conv(channels_in, channels_out, 3, bias=bias)
         else:
             self.conv = nn.ConvTranspose1d(
                 channels_in,
@@ -188,15 +191,14 @@ def start_as_identity(stack: EncoderStack | DecoderStack) -> None:
         if isinstance(module, ResidualUnit):
             module.pointwise.weight.zero_()
         elif isinstance(module, EncoderStage | DecoderStage):
-            conv = module.conv
-            if conv.bias is not None:
-                conv.bias.zero_()
+            if module.conv.bias is not None:
+                module.conv.bias.zero_()
             if module.stride > 1:
-                _start_resampling(conv, module.stride)
+                _start_resampling(module.conv, module.stride)
             else:
-                nn.init.dirac_(conv.weight)
-    first_and_last = (stack.input, stack.projector) if isinstance(stack, EncoderStack) else (stack.input, stack.output)
-    for conv in first_and_last:
+                nn.init.dirac_(module.conv.weight)
+    last = stack.projector if isinstance(stack, EncoderStack) else stack.output
+    for conv in (stack.input, last):
         nn.init.dirac_(conv.weight)
 
 

@@ -1,0 +1,51 @@
+"""Small real shards and codecs, made by the project's own code."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from repcodec.codec import RepCodec
+from repcodec.shards import write_shard
+
+DIM = 8
+FAST_CODEC = ["encoder.dim=8", "quantizer.codebook_size=16"]
+
+
+def write_split(
+    folder: Path, lengths: list[int], dim: int = DIM, seed: int = 0, num_shards: int = 1
+) -> list[np.ndarray]:
+    """Write smooth random features of the lengths given; return them."""
+    rng = np.random.default_rng(seed)
+    utterances = [np.cumsum(rng.normal(size=(n, dim)), 0).astype(np.float32) / 3 for n in lengths]
+    cuts = [round(len(lengths) / num_shards * rank) for rank in range(num_shards + 1)]
+    for rank in range(num_shards):
+        names = [f"spk/utt{i}.wav" for i in range(cuts[rank], cuts[rank + 1])]
+        about = {"root": "/audio", "frame_rate": 50, "utterances": names}
+        with write_shard(folder, rank, num_shards, dim, about) as shard:
+            for name, i in zip(names, range(cuts[rank], cuts[rank + 1]), strict=True):
+                shard.append(name, utterances[i])
+    return utterances
+
+
+@pytest.fixture
+def splits(tmp_path: Path) -> Path:
+    """A folder with train/, valid/ and test/ shards of width 8."""
+    folder = tmp_path / "splits"
+    write_split(folder / "train", [40, 7, 25, 60, 33, 12, 51, 18], seed=1, num_shards=2)
+    write_split(folder / "valid", [20, 31, 5], seed=2)
+    write_split(folder / "test", [15, 22, 9], seed=3)
+    return folder
+
+
+@pytest.fixture
+def codec() -> RepCodec:
+    """A small float64 codec with large biases, so that unmasked padding would show."""
+    torch.manual_seed(0)
+    codec = RepCodec(DIM, codebook_size=16).double()
+    with torch.no_grad():
+        for name, parameter in codec.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(0, 2)
+    return codec

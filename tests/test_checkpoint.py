@@ -1,0 +1,34 @@
+import pytest
+import torch
+
+from repcodec.checkpoint import load_tensors, read_config, save_folder
+from repcodec.errors import RepCodecError
+
+
+def test_round_trip(tmp_path):
+    module = torch.nn.Linear(3, 2)
+    save_folder(tmp_path / "new", {"kind": "x", "layer": 9}, module.state_dict())
+    assert read_config(tmp_path / "new") == {"kind": "x", "layer": 9}
+    other = torch.nn.Linear(3, 2)
+    load_tensors(tmp_path / "new", other)
+    assert torch.equal(other.weight, module.weight)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"kind": 3}', "\xff"])
+def test_unreadable_config_is_one_sentence(tmp_path, text):
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(RepCodecError, match=r"config\.json"):
+        read_config(tmp_path)
+
+
+def test_missing_tensor_is_named(tmp_path):
+    save_folder(tmp_path, {"kind": "x"}, {"weight": torch.zeros(2, 3)})
+    with pytest.raises(RepCodecError, match="bias"):
+        load_tensors(tmp_path, torch.nn.Linear(3, 2))
+
+
+def test_unwritable_folder_leaves_nothing(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(RepCodecError, match="could not be written"):
+        save_folder(tmp_path / "file" / "codec", {"kind": "x"}, {"w": torch.zeros(1)})
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
