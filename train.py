@@ -8,6 +8,7 @@ from pathlib import Path
 import hydra
 import lightning as L
 from hydra.utils import instantiate
+from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
 
 from repcodec.errors import RepCodecError, user_message
@@ -17,6 +18,8 @@ log = logging.getLogger("repcodec")
 warnings.filterwarnings("ignore", message=".*does not have many workers.*")
 warnings.filterwarnings("ignore", message=".*number of training batches.*")
 warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+# Which devices there are and which products to try.
+logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
 
 
 def train(config: DictConfig) -> float:
@@ -32,7 +35,12 @@ def train(config: DictConfig) -> float:
         logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))
     if trainer.is_global_zero:
         OmegaConf.save(config, run_dir / "config.yaml", resolve=True)
-    trainer.fit(module, data, ckpt_path=config.ckpt_path, weights_only=True)
+    try:
+        trainer.fit(module, data, ckpt_path=config.ckpt_path, weights_only=True)
+    finally:
+        for logger in loggers:
+            if isinstance(logger, WandbLogger):
+                logger.experiment.finish()  # says where the run lies and how to sync it; a sweep's next job begins its own
     best = trainer.checkpoint_callback.best_model_score
     if trainer.is_global_zero:
         log.info("Codec of the best validation: %s", config.callbacks.save_codec.folder)

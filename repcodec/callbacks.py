@@ -9,6 +9,8 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from tqdm import tqdm
 
+from repcodec.codec import RepCodec
+from repcodec.data import ShardsDataModule
 from repcodec.module import CodecModule
 
 
@@ -19,7 +21,7 @@ class CodecStart(L.Callback):
     """
 
     def __init__(self, max_frames: int = 200_000):
-        """Take how many frames of the training set, over all ranks, k-means sees at most."""
+        """Take how many frames of the training set k-means sees at most."""
         self.max_frames = max_frames
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -31,21 +33,28 @@ class CodecStart(L.Callback):
         codec.feature_mean.copy_(data.statistics.mean)
         codec.feature_scale.fill_(data.statistics.scale)
         codec.start_as_identity()
-        wanted = self.max_frames // trainer.world_size
-        vectors: list[torch.Tensor] = []
+        if trainer.global_rank == 0:
+            vectors = self._vectors(codec, data, module.device)
+            tqdm.write(f"k-means of {codec.codebook_size} codes starts the codebook …")
+        else:  # rank 0 sees the same frames in the same order, however many ranks there are, and shares the codes
+            vectors = torch.empty(0, codec.quantizer.dim, device=module.device)
+        codec.quantizer.start(vectors, data.seed)
+
+    @torch.no_grad()
+    def _vectors(self, codec: RepCodec, data: ShardsDataModule, device: torch.device) -> torch.Tensor:
+        """Return what the quantizer sees of up to `max_frames` frames of the training set: (N, C)."""
+        total = min(self.max_frames, int(data.train.lengths.sum()))
+        parts: list[torch.Tensor] = []
         codec.eval()
-        with torch.no_grad(), tqdm(total=min(wanted, int(data.train.lengths.sum())), unit="frame", unit_scale=True,
-                                   desc="Frames for k-means", disable=trainer.global_rank > 0) as bar:  # fmt: skip
+        with tqdm(total=total, desc="Frames for k-means", unit="frame", unit_scale=True) as bar:
             for batch in data.start_dataloader():
-                z = codec.vectors(batch.features.to(module.device), batch.lengths.to(module.device))
-                vectors.append(z[: wanted - sum(len(v) for v in vectors)])
-                bar.update(len(vectors[-1]))
-                if len(vectors[-1]) < len(z):
+                vectors = codec.vectors(batch.features.to(device), batch.lengths.to(device))
+                parts.append(vectors)
+                bar.update(len(vectors))
+                if bar.n >= self.max_frames:
                     break
         codec.train()
-        if trainer.global_rank == 0:
-            tqdm.write(f"k-means of {codec.codebook_size} codes starts the codebook …")
-        codec.quantizer.start(torch.cat(vectors), data.seed)
+        return torch.cat(parts)[: self.max_frames]
 
 
 class ValidateFirst(L.Callback):

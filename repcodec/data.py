@@ -174,6 +174,8 @@ class ShardsDataModule(L.LightningDataModule):
         self.labels = labels
         self.batch_size, self.crop, self.seed, self.num_workers = batch_size, crop, seed, num_workers
         self.whole_frames = whole_frames
+        # More ranks than validation utterances: some have none, and metrics are summed all the same.
+        self.allow_zero_length_dataloader_with_multiple_devices = True
 
     def split(self, name: str) -> FeatureShards:
         """Open a split.
@@ -220,17 +222,19 @@ class ShardsDataModule(L.LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader:
-        """Return the whole utterances of the validation split."""
-        return self.whole_utterances(self.split("valid"), shuffle=False)
+        """Return the whole utterances of the validation split, this rank's share of them."""
+        return self.whole_utterances(self.split("valid"), *self._rank())
 
     def start_dataloader(self) -> DataLoader:
-        """Return the whole utterances of the training split in random order, to start a codec from."""
+        """Return the whole utterances of the training split, all on this rank, in random order: to start a codec."""
         return self.whole_utterances(self.train, shuffle=True)
 
-    def whole_utterances(self, shards: FeatureShards, shuffle: bool) -> DataLoader:
+    def whole_utterances(
+        self, shards: FeatureShards, rank: int = 0, world_size: int = 1, shuffle: bool = False
+    ) -> DataLoader:
         """Return batches of whole utterances, this rank's share of them, each sorted by length."""
         order = np.argsort(shards.lengths, kind="stable")
-        order = order[shards.lengths[order] > 0]
+        order = order[shards.lengths[order] > 0][rank::world_size]
         batches: list[list[tuple[int, int]]] = [[]]
         for utterance in order.tolist():
             if batches[-1] and (len(batches[-1]) + 1) * shards.lengths[utterance] > self.whole_frames:
@@ -238,5 +242,4 @@ class ShardsDataModule(L.LightningDataModule):
             batches[-1].append((utterance, 0))
         if shuffle:
             batches = [batches[i] for i in np.random.default_rng(self.seed).permutation(len(batches))]
-        rank, world_size = self._rank()
-        return DataLoader(ShardDataset(shards, None), sampler=batches[rank::world_size], batch_size=None)
+        return DataLoader(ShardDataset(shards, None), sampler=batches if len(order) else [], batch_size=None)

@@ -83,6 +83,7 @@ class CodecModule(L.LightningModule):
             {f"train/{name}": loss.detach() for name, loss in losses.items()}, batch_size=len(batch.lengths),
             sync_dist=True,
         )  # fmt: skip
+        self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
         self.log("loss", losses["loss"].detach(), prog_bar=True, logger=False, batch_size=len(batch.lengths))
         return losses["loss"]
 

@@ -1,0 +1,209 @@
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import soundfile
+
+from repcodec.audio import SAMPLE_RATE, find_sound_files, num_samples_at_16khz, read_audio, resample
+from repcodec.errors import RepCodecError
+
+
+@contextmanager
+def refused(*fragments):
+    with pytest.raises(RepCodecError) as caught:
+        yield
+    for fragment in fragments:
+        assert str(fragment) in str(caught.value)
+
+
+def noise(num_samples, channels=1):
+    samples = np.random.default_rng(0).uniform(-0.5, 0.5, (num_samples, channels))
+    return samples[:, 0] if channels == 1 else samples
+
+
+def sine(hertz, seconds, rate):
+    return 0.5 * np.sin(2 * np.pi * hertz * np.arange(int(seconds * rate)) / rate)
+
+
+def test_a_float_file_at_16_khz_is_read_unchanged(tmp_path):
+    samples = noise(1234).astype(np.float32)
+    soundfile.write(tmp_path / "a.wav", samples, 16_000, subtype="FLOAT")
+
+    read = read_audio(tmp_path / "a.wav")
+
+    assert read.dtype == np.float32 and read.shape == (1234,)
+    np.testing.assert_array_equal(read, samples)
+
+
+def test_a_string_path_is_read(tmp_path):
+    soundfile.write(tmp_path / "a.wav", noise(10), 16_000)
+
+    assert len(read_audio(str(tmp_path / "a.wav"))) == 10
+    assert num_samples_at_16khz(str(tmp_path / "a.wav")) == 10
+
+
+@pytest.mark.parametrize("ending", ["wav", "flac", "aiff"])
+def test_16_bit_values_are_divided_by_32768(tmp_path, ending):
+    values = np.array([-32768, -16384, -1, 0, 1, 16384, 32767], dtype=np.int16)
+    path = tmp_path / f"a.{ending}"
+    soundfile.write(path, values, 16_000, subtype="PCM_16")
+
+    np.testing.assert_array_equal(read_audio(path), values.astype(np.float32) / 32768)
+
+
+@pytest.mark.parametrize("channels", [2, 3])
+def test_channels_are_averaged(tmp_path, channels):
+    samples = noise(500, channels).astype(np.float32)
+    soundfile.write(tmp_path / "a.wav", samples, 16_000, subtype="FLOAT")
+
+    read = read_audio(tmp_path / "a.wav")
+
+    assert read.shape == (500,)
+    np.testing.assert_allclose(read, samples.astype(np.float64).mean(axis=1), atol=1e-7)
+
+
+def test_opposite_channels_cancel(tmp_path):
+    samples = noise(100)
+    soundfile.write(tmp_path / "a.wav", np.stack([samples, -samples], axis=1), 44_100, subtype="FLOAT")
+
+    np.testing.assert_array_equal(read_audio(tmp_path / "a.wav"), 0)
+
+
+@pytest.mark.parametrize("rate", [8_000, 22_050, 44_100, 48_000])
+@pytest.mark.parametrize("hertz", [200, 1_000, 3_000])
+def test_a_resampled_sine_keeps_its_frequency_length_and_amplitude(tmp_path, rate, hertz):
+    soundfile.write(tmp_path / "a.wav", sine(hertz, 1, rate), rate, subtype="FLOAT")
+
+    read = read_audio(tmp_path / "a.wav")
+
+    assert read.dtype == np.float32 and read.shape == (16_000,)
+    assert np.abs(np.fft.rfft(read)).argmax() == hertz  # one second: bins are 1 Hz apart
+    middle = slice(1000, -1000)  # the filter rings at both ends
+    np.testing.assert_allclose(read[middle], sine(hertz, 1, 16_000)[middle], atol=2e-3)
+
+
+def test_what_16_khz_cannot_hold_is_filtered_out_instead_of_mirrored(tmp_path):
+    soundfile.write(tmp_path / "a.wav", sine(12_000, 1, 44_100), 44_100, subtype="FLOAT")
+
+    assert np.abs(read_audio(tmp_path / "a.wav")[1000:-1000]).max() < 1e-3
+
+
+def test_resample_leaves_16_khz_alone():
+    samples = noise(100).astype(np.float32)
+
+    np.testing.assert_array_equal(resample(samples, SAMPLE_RATE), samples)
+
+
+def test_resample_gives_contiguous_float32():
+    resampled = resample(noise(4_410)[::2], 22_050)
+
+    assert resampled.dtype == np.float32 and resampled.flags.c_contiguous and resampled.shape == (1_600,)
+
+
+@pytest.mark.parametrize("ending", ["wav", "flac", "mp3", "ogg", "aiff"])
+@pytest.mark.parametrize("rate", [8_000, 11_025, 16_000, 44_100, 48_000])
+@pytest.mark.parametrize("num_samples", [4_801, 16_003])
+def test_the_counted_samples_are_the_read_ones(tmp_path, ending, rate, num_samples):
+    path = tmp_path / f"a.{ending}"
+    soundfile.write(path, noise(num_samples), rate)
+
+    counted = num_samples_at_16khz(path)
+
+    assert counted == len(read_audio(path))
+    assert abs(counted - num_samples * 16_000 / rate) <= 1
+
+
+@pytest.mark.parametrize("rate", [16_000, 44_100])
+def test_a_stereo_file_counts_samples_not_values(tmp_path, rate):
+    soundfile.write(tmp_path / "a.wav", noise(rate, 2), rate)
+
+    assert num_samples_at_16khz(tmp_path / "a.wav") == 16_000
+
+
+@pytest.mark.parametrize("ending", ["wav", "flac", "mp3", "aiff"])
+def test_a_cut_off_file_is_refused_or_counted_as_read(tmp_path, ending):
+    soundfile.write(tmp_path / f"whole.{ending}", noise(32_000), 16_000)
+    content = (tmp_path / f"whole.{ending}").read_bytes()
+    path = tmp_path / f"cut.{ending}"
+    path.write_bytes(content[: len(content) * 2 // 3])
+
+    try:
+        read = read_audio(path)
+    except RepCodecError as error:
+        assert str(path) in str(error)
+    else:
+        assert num_samples_at_16khz(path) == len(read)
+
+
+@pytest.mark.parametrize("rate", [16_000, 44_100])
+def test_an_empty_sound_is_refused(tmp_path, rate):
+    soundfile.write(tmp_path / "a.wav", np.zeros(0), rate)
+
+    with refused(tmp_path / "a.wav", "0 samples"):
+        read_audio(tmp_path / "a.wav")
+
+
+def test_a_sound_too_short_for_one_sample_at_16_khz_is_refused(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.zeros(1), 48_000)
+
+    with refused(tmp_path / "a.wav", "0 samples"):
+        read_audio(tmp_path / "a.wav")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_a_value_that_is_not_finite_is_refused(tmp_path, value, channels):
+    samples = noise(50, channels)
+    samples[7] = value
+    soundfile.write(tmp_path / "a.wav", samples, 16_000, subtype="FLOAT")
+
+    with refused(tmp_path / "a.wav", "not finite"):
+        read_audio(tmp_path / "a.wav")
+
+
+@pytest.mark.parametrize("read", [read_audio, num_samples_at_16khz])
+@pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.mp3", "a", "a.raw"])
+@pytest.mark.parametrize("content", [b"", b"this is no sound", bytes(1000)])
+def test_garbage_is_refused(tmp_path, read, name, content):
+    (tmp_path / name).write_bytes(content)
+
+    with refused(tmp_path / name, "not a readable sound file"):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize("read", [read_audio, num_samples_at_16khz])
+def test_a_missing_file_is_refused(tmp_path, read):
+    with refused(tmp_path / "a.wav"):
+        read(tmp_path / "a.wav")
+
+
+@pytest.mark.parametrize("read", [read_audio, num_samples_at_16khz])
+def test_a_folder_is_refused(tmp_path, read):
+    with refused(tmp_path):
+        read(tmp_path)
+
+
+def test_sound_files_are_found_in_any_depth_sorted_and_by_ending(tmp_path):
+    for name in ["b.wav", "a/z.flac", "a/b/c.MP3", "a/notes.txt", "a/z.tsv", "wav"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "folder.wav").mkdir()
+
+    found = [path.relative_to(tmp_path).as_posix() for path in find_sound_files(tmp_path)]
+
+    assert found == ["a/b/c.MP3", "a/z.flac", "b.wav"]
+
+
+def test_a_folder_without_sound_is_refused(tmp_path):
+    (tmp_path / "a.txt").touch()
+
+    with refused(tmp_path, "no sound file", ".flac"):
+        find_sound_files(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["missing", "a.wav"])
+def test_a_root_that_is_no_folder_is_refused(tmp_path, name):
+    (tmp_path / "a.wav").touch()
+
+    with refused(tmp_path / name, "not a folder"):
+        find_sound_files(tmp_path / name)

@@ -1,0 +1,50 @@
+import pytest
+from torch.utils.data import DataLoader, Dataset
+
+from repcodec.errors import RepCodecError, user_message
+
+SENTENCE = "/data/0_1.npy: the features have width 768, expected 1024; extract them again."
+
+
+class Failing(Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, item):
+        try:
+            raise OSError("the cause")
+        except OSError as error:
+            raise RepCodecError(SENTENCE) from error
+
+
+def test_a_plain_error_shows_its_own_sentence():
+    assert user_message(RepCodecError(SENTENCE)) == SENTENCE
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_error_of_a_data_loader_shows_the_same_sentence_from_a_worker(num_workers):
+    with pytest.raises(RepCodecError) as caught:
+        list(DataLoader(Failing(), num_workers=num_workers))
+
+    assert ("Traceback" in str(caught.value)) == bool(num_workers)
+    assert user_message(caught.value) == SENTENCE
+
+
+def test_an_error_caused_by_another_shows_the_last_sentence():
+    wrapped = (
+        "Caught RepCodecError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+        "repcodec.errors.RepCodecError: the cause\n\n"
+        "The above exception was the direct cause of the following exception:\n\n"
+        f"repcodec.errors.RepCodecError: {SENTENCE}\n"
+    )
+    assert user_message(RepCodecError(wrapped)) == SENTENCE
+
+
+def test_a_sentence_of_several_lines_stays_whole():
+    wrapped = "Caught RepCodecError in DataLoader worker process 0.\nrepcodec.errors.RepCodecError: first\nsecond\n"
+    assert user_message(RepCodecError(wrapped)) == "first\nsecond"
+
+
+def test_the_error_is_no_bug_class_of_python():
+    # Code that catches ValueError or OSError around a library call must not swallow it.
+    assert RepCodecError.__bases__ == (Exception,)

@@ -1,0 +1,232 @@
+"""train.py as a whole: in this process where that is enough, as a process of its own where it matters."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import FAST_CODEC
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from repcodec.codec import RepCodec
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+FAST = [
+    *FAST_CODEC, "data.batch_size=4", "data.crop=16", "trainer.max_steps=6", "trainer.val_check_interval=3",
+    "trainer.log_every_n_steps=1", "+trainer.enable_progress_bar=false",
+]  # fmt: skip
+
+
+def run_here(splits, run_dir, *overrides):
+    """Run train.py's own function on the shipped configuration."""
+    from train import train
+
+    run_dir.mkdir(exist_ok=True)
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose("train", [*FAST, f"data.dir='{splits}'", f"run_dir='{run_dir}'", "run=test", *overrides])
+    return train(config)
+
+
+def command(splits, run_dir, *overrides):
+    arguments = [*FAST, f"data.dir='{splits}'", f"hydra.run.dir='{run_dir}'", "logger=none", *overrides]
+    return [sys.executable, str(ROOT / "train.py"), *arguments]
+
+
+def run(splits, run_dir, *overrides):
+    """Run train.py as a process with one thread."""
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command(splits, run_dir, *overrides), env=env, capture_output=True, text=True, timeout=240, check=False
+    )
+
+
+def metrics(run_dir):
+    with open(run_dir / "logs" / "version_0" / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_run_folder_holds_config_checkpoints_logs_and_codec(splits, tmp_path):
+    best = run_here(splits, tmp_path / "run", "logger=csv")
+    folder = tmp_path / "run"
+    assert OmegaConf.load(folder / "config.yaml").data.dim == 8
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    config = json.loads((folder / "codec" / "config.json").read_text())
+    assert (config["encoder"], config["layer"], config["frame_rate"]) == ("hubert_base", 9, 50)
+    assert config["valid_normalized_error"] == pytest.approx(best)
+    rows = metrics(folder)
+    validations = [row for row in rows if row["valid/normalized_error"]]
+    assert [int(row["step"]) for row in validations] == [0, 2, 5]
+    assert min(float(row["valid/normalized_error"]) for row in validations) == pytest.approx(best)
+    steps = [row for row in rows if row["train/loss"]]
+    assert len(steps) == 6
+    for row in steps:
+        expected = 45 * float(row["train/reconstruction"]) + float(row["train/commitment"])
+        assert float(row["train/loss"]) == pytest.approx(expected, rel=1e-4)
+        assert float(row["train/learning_rate"]) == pytest.approx(1e-4)
+
+
+def test_logged_error_and_usage_are_those_of_the_saved_codec(splits, tmp_path):
+    from repcodec.shards import FeatureShards
+
+    best = run_here(splits, tmp_path / "run", "logger=csv")
+    codec = RepCodec.from_pretrained(tmp_path / "run" / "codec")
+    train, valid = FeatureShards(splits / "train"), FeatureShards(splits / "valid")
+    mean = train.sample(10**6).astype(np.float64).mean(0)
+    error = variation = 0
+    for i in range(len(valid)):
+        x = np.array(valid.features(i))
+        with torch.no_grad():
+            y = codec(torch.from_numpy(x)[None]).reconstruction[0].numpy()
+        error, variation = error + ((x - y) ** 2).sum(), variation + ((x - mean) ** 2).sum()
+    assert best == pytest.approx(error / variation, rel=1e-5)
+
+
+def test_kmeans_start_begins_at_the_error_of_kmeans(splits, tmp_path):
+    from repcodec.quantizers import fit_centroids, nearest_code
+    from repcodec.shards import FeatureShards
+
+    run_here(splits, tmp_path / "run", "logger=csv", "callbacks=kmeans_start", "trainer.max_steps=3")
+    first = next(
+        float(row["valid/normalized_error"]) for row in metrics(tmp_path / "run") if row["valid/normalized_error"]
+    )
+    train, valid = (FeatureShards(splits / split).sample(10**6) for split in ("train", "valid"))
+    centroids = fit_centroids(train, 16, seed=0)
+    codes = nearest_code(torch.from_numpy(valid), torch.from_numpy(centroids)).numpy()
+    kmeans = ((valid - centroids[codes]) ** 2).sum() / ((valid - train.mean(0)) ** 2).sum()
+    # The codec clusters the same frames, in another order and scale: another local optimum, as good.
+    assert first == pytest.approx(kmeans, rel=0.15)
+
+
+def test_published_start_uses_one_codebook_update_a_step(splits, tmp_path):
+    run_here(splits, tmp_path / "run", "logger=none", "+trainer.accumulate_grad_batches=2", "trainer.max_steps=1",
+             "trainer.val_check_interval=2")  # fmt: skip
+    state = torch.load(tmp_path / "run" / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+    # Two batches of up to 64 frames, one update: N = 0.8 * 0 + 0.2 * all their frames.
+    assert 0.2 * 64 < state["codec.quantizer.codebooks.0.counts"].sum() <= 0.2 * 128
+
+
+@pytest.mark.parametrize("logger", ["none", "csv", "tensorboard", "wandb"])
+def test_every_logger_runs(splits, tmp_path, logger, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run_here(splits, tmp_path / "run", f"logger={logger}")
+    folder = tmp_path / "run"
+    assert (folder / "logs").exists() == (logger != "none")
+    assert bool(list(folder.glob("tensorboard/**/events*"))) == (logger == "tensorboard")
+    assert bool(list(folder.glob("wandb/offline-run-*/*.wandb"))) == (logger == "wandb")
+
+
+def test_wandb_run_holds_losses_usage_histogram_and_learning_rate(splits, tmp_path, monkeypatch):
+    import wandb
+
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logged = {}
+    original = wandb.sdk.wandb_run.Run.log
+    monkeypatch.setattr(
+        wandb.sdk.wandb_run.Run, "log", lambda self, data, *a, **k: (logged.update(data), original(self, data, *a, **k))
+    )
+    run_here(splits, tmp_path / "run", "logger=wandb")
+    wanted = {"train/loss", "train/reconstruction", "train/commitment", "train/learning_rate", "valid/perplexity"}
+    wanted |= {"valid/used_share", "valid/normalized_error", "train/perplexity", "train/used_share"}
+    assert wanted <= logged.keys()
+    histogram = logged["valid/log10_code_counts_0"]
+    assert isinstance(histogram, wandb.Histogram)
+    assert sum(histogram.histogram) == 16  # every code once
+
+
+def equal_checkpoints(one, other):
+    one, other = (torch.load(path, weights_only=True) for path in (one, other))
+    assert one["global_step"] == other["global_step"]
+    for name, value in one["state_dict"].items():
+        assert torch.equal(value, other["state_dict"][name]), name
+    for index, state in one["optimizer_states"][0]["state"].items():
+        for name, value in state.items():
+            assert torch.equal(value, other["optimizer_states"][0]["state"][index][name]), (index, name)
+    assert one["lr_schedulers"] == other["lr_schedulers"]
+    return one
+
+
+@pytest.mark.parametrize("interval", [25, 30])  # an epoch has 2 batches: the checkpoint lies within one, or at its end
+def test_killed_and_resumed_run_equals_one_never_stopped(splits, tmp_path, interval):
+    options = ["trainer.max_steps=300", f"trainer.val_check_interval={interval}", "callbacks=kmeans_start",
+               "scheduler=cosine", "quantizer.revive_below=0.1", "data.batch_size=5"]  # fmt: skip
+    last = tmp_path / "killed" / "checkpoints" / "last.ckpt"
+    process = subprocess.Popen(
+        command(splits, tmp_path / "killed", *options), env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not last.exists():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stderr.close()
+    stopped_at = torch.load(last, weights_only=True)["global_step"]
+    assert 0 < stopped_at < 300
+    for name, extra in (("killed", [f"ckpt_path='{last}'"]), ("whole", [])):
+        result = run(splits, tmp_path / name, *options, *extra)
+        assert result.returncode == 0, result.stderr
+    state = equal_checkpoints(last, tmp_path / "whole" / "checkpoints" / "last.ckpt")
+    assert state["global_step"] == 300
+
+
+def test_two_processes_equal_one_with_both_halves_of_the_batch(splits, tmp_path):
+    options = ["+trainer.precision=64-true", "trainer.max_steps=5", "quantizer.revive_below=0.05",
+               "callbacks=kmeans_start"]  # fmt: skip
+    ranks = ["trainer=ddp_cpu", "trainer.strategy.timeout.minutes=1", "data.batch_size=3"]
+    two = run(splits, tmp_path / "two", *options, *ranks)
+    assert two.returncode == 0, two.stderr
+    one = run(splits, tmp_path / "one", *options, "trainer=cpu", "data.batch_size=6")
+    assert one.returncode == 0, one.stderr
+    states = [
+        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for name in ("one", "two")
+    ]
+    assert states[0].keys() == states[1].keys()
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, rtol=1e-8, atol=1e-8)
+
+
+def one_sentence(result):
+    """Check that a run ended as a user's mistake does; return its sentence."""
+    assert result.returncode == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_missing_features_name_the_command(tmp_path):
+    result = run(tmp_path / "nowhere", tmp_path / "run")
+    assert "repcodec extract train.tsv ROOT --encoder hubert_base --layer 9" in one_sentence(result)
+    assert not (tmp_path / "run" / "codec").exists()
+
+
+def test_nan_features_in_a_worker_end_the_run_in_one_sentence(splits, tmp_path):
+    rows = np.load(splits / "train" / "0_2.npy", mmap_mode="r+")
+    rows[:] = np.inf
+    rows.flush()
+    assert "holds NaN or infinity" in one_sentence(run(splits, tmp_path / "run", "data.num_workers=1"))
+
+
+def test_unknown_encoder_lists_the_known_ones(tmp_path):
+    result = run(tmp_path, tmp_path / "run", "encoder=hubert_huge")
+    assert result.returncode != 0
+    assert "hubert_large" in result.stderr + result.stdout
+
+
+def test_unwritable_output_folder_is_one_sentence(splits, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    result = run(splits, tmp_path / "file" / "run")
+    assert result.returncode != 0
+    assert str(tmp_path / "file") in result.stderr
