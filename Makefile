@@ -3,10 +3,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 
-# make demo AUDIO=folder-of-recordings RUN=name: the same job on your own recordings.
+# The same job on your own recordings: make demo AUDIO=folder RUN=name [LABELS=phones.tsv]
 RUN ?= demo
 OUT := outputs/$(RUN)
-DATA := $(if $(AUDIO),"data.audio='$(AUDIO)'") $(if $(LABELS),"data.labels='$(LABELS)'")
+JOB := run=$(RUN) $(if $(AUDIO),"data.audio='$(AUDIO)'") $(if $(LABELS),"data.labels='$(LABELS)'")
+FEATURES := cache/$(RUN)/features/whisper_tiny_en/l3
 
 .PHONY: venv demo test test-all lint clean
 venv: $(VENV)/.installed
@@ -18,8 +19,17 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: venv
-	$(BIN)/python train.py experiment=demo run=$(RUN) $(DATA)
-	$(BIN)/python evaluate.py experiment=demo run=$(RUN) $(DATA)
+	$(BIN)/python train.py experiment=demo $(JOB)
+	$(BIN)/repcodec tokenize $(OUT)/codec $(FEATURES)/test -o $(OUT)/test.tokens
+	$(BIN)/python evaluate.py encoder=whisper_tiny_en data=demo $(JOB)
+	@printf '%s\n' \
+	  'report:      $(OUT)/report.html' \
+	  'saved codec: $(OUT)/codec' \
+	  'tokens file: $(OUT)/test.tokens' \
+	  '' 'Try next:' \
+	  '  $(BIN)/repcodec tokenize $(OUT)/codec $(FEATURES)/valid -o valid.tokens' \
+	  '  $(BIN)/python train.py experiment=demo run=rvq data.name=$(RUN) quantizer=rvq' \
+	  '  make demo AUDIO=folder-of-recordings RUN=mine'
 
 test: venv
 	$(BIN)/python -m pytest -n 2 -m 'not slow'

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import hydra
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
@@ -32,9 +33,9 @@ def compare(config: DictConfig) -> None:
         "features": f"{config.encoder.name}, layer {config.layer}, width {config.encoder.dim}",
         "set": f"{config.split}, {minutes:.1f} minutes, of {data.dir}",
     }
-    page = write_report(run_dir, results, facts, data.phone_labels, read_curve(run_dir / "logs"))
+    write_report(run_dir, results, facts, data.phone_labels, read_curve(run_dir / "logs"))
     print_table(results, f"{facts['features']}: {config.split}")
-    print(f"report: {page}\nfigures: {run_dir / 'results.json'}, results.csv")
+    print(f"Written to {run_dir}: report.html, results.json, results.csv and the plots as PNG")
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
@@ -42,8 +43,10 @@ def main(config: DictConfig) -> None:
     """Run; a user's mistake ends in one sentence and exit code 1."""
     try:
         compare(config)
-    except RepCodecError as error:
-        print(f"error: {user_message(error)}", file=sys.stderr)
+    except (RepCodecError, InstantiationException) as error:
+        if (message := user_message(error)) is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import hydra
 import lightning as L
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
@@ -40,7 +41,7 @@ def train(config: DictConfig) -> float:
     finally:
         for logger in loggers:
             if isinstance(logger, WandbLogger):
-                logger.experiment.finish()  # says where the run lies and how to sync it; a sweep's next job begins its own
+                logger.experiment.finish()  # says where the run lies and how to sync it
     best = trainer.checkpoint_callback.best_model_score
     if trainer.is_global_zero:
         log.info("Codec of the best validation: %s", config.callbacks.save_codec.folder)
@@ -52,8 +53,10 @@ def main(config: DictConfig) -> float:
     """Run one job; a user's mistake ends in one sentence and exit code 1."""
     try:
         return train(config)
-    except RepCodecError as error:
-        print(f"error: {user_message(error)}", file=sys.stderr)
+    except (RepCodecError, InstantiationException) as error:
+        if (message := user_message(error)) is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(1)
 
 

