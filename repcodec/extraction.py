@@ -1,5 +1,6 @@
 """Manifest -> feature shards."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -8,7 +9,7 @@ from tqdm import tqdm
 from repcodec.audio import find_sound_files, num_samples_at_16khz, read_audio
 from repcodec.errors import RepCodecError
 from repcodec.manifest import Manifest
-from repcodec.shards import is_finished, write_shard
+from repcodec.shards import is_finished, shard_path, write_shard
 from repcodec.speech_encoders import EncoderSpec, SpeechEncoder
 
 
@@ -39,7 +40,7 @@ def extract(
     num_shards: int = 1,
     description: str = "Extracting features",
 ) -> None:
-    """Write shard `rank` of `num_shards` of a manifest's features; a finished shard is left as it is.
+    """Write shard `rank` of `num_shards` of a manifest's features; a finished shard of the same is left as it is.
 
     Args:
         manifest: the whole split.
@@ -49,10 +50,9 @@ def extract(
         description: what the progress bar says.
 
     Raises:
-        RepCodecError: a sound file is unreadable or too short for one frame, or the shard cannot be written.
+        RepCodecError: a sound file is unreadable or too short for one frame, the shard cannot be written,
+            or a finished one there is of something else.
     """
-    if is_finished(folder, rank, num_shards):
-        return
     utterances = manifest.shard(rank, num_shards)
     about = {
         "encoder": spec.name,
@@ -64,6 +64,9 @@ def extract(
         "root": str(manifest.root),
         "utterances": list(utterances.paths),
     }
+    if is_finished(folder, rank, num_shards):
+        _check_same(shard_path(folder, rank, num_shards, ".json"), about)
+        return
     device = next(encoder.parameters()).device
     with (
         write_shard(folder, rank, num_shards, encoder.dim, about) as shard,
@@ -79,3 +82,17 @@ def extract(
                 )
             shard.append(name, features.cpu().numpy())
             bar.update(num_samples // 16_000)
+
+
+def _check_same(path: Path, about: dict) -> None:
+    """Refuse to take a finished shard for one of other sounds, encoder or layer; the audio root may have moved."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        differs = [key for key in about if key != "root" and found.get(key) != about[key]]
+    except (OSError, ValueError, AttributeError) as error:
+        raise RepCodecError(f"{path}: not a readable shard description ({error!r}); delete the shard.") from error
+    if differs:
+        raise RepCodecError(
+            f"{path}: a finished shard of something else is there ({', '.join(differs)} differs): "
+            "delete the folder, or extract into another one."
+        )
