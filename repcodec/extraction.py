@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from repcodec.audio import find_sound_files, num_samples_at_16khz, read_audio
+from repcodec.audio import SAMPLE_RATE, find_sound_files, num_samples_at_16khz, read_audio
 from repcodec.errors import RepCodecError
 from repcodec.manifest import Manifest
 from repcodec.shards import is_finished, shard_path, write_shard
@@ -70,7 +70,7 @@ def extract(
     device = next(encoder.parameters()).device
     with (
         write_shard(folder, rank, num_shards, encoder.dim, about) as shard,
-        tqdm(total=sum(utterances.num_samples) // 16_000, desc=description, unit="s", unit_scale=True) as bar,
+        tqdm(total=sum(utterances.num_samples) / SAMPLE_RATE, desc=description, unit="s", unit_scale=True) as bar,
     ):
         for name, num_samples in zip(utterances.paths, utterances.num_samples, strict=True):
             path = manifest.root / name
@@ -81,7 +81,7 @@ def extract(
                     f"{path}: {len(waveform)} samples are too short for one frame; remove it from the manifest."
                 )
             shard.append(name, features.cpu().numpy())
-            bar.update(num_samples // 16_000)
+            bar.update(num_samples / SAMPLE_RATE)
 
 
 def _check_same(path: Path, about: dict) -> None:

@@ -47,8 +47,8 @@ class NormalizedError(Metric):
     def update(self, reconstruction: Tensor, features: Tensor, mask: Tensor) -> None:
         """Add a batch: (B, T, D), (B, T, D), and the valid frames (B, T)."""
         features = features[mask].double()
-        self.error += (reconstruction[mask].double() - features).square().sum()
-        self.variation += (features - self.mean).square().sum()
+        self.error = self.error + (reconstruction[mask].double() - features).square().sum()
+        self.variation = self.variation + (features - self.mean).square().sum()
 
     def compute(self) -> Tensor:
         """Return the scalar; infinite when nothing varied."""
@@ -67,8 +67,11 @@ class CodeUsage(Metric):
 
     def update(self, codes: Tensor) -> None:
         """Add codes (B, K, T); `NO_CODE` counts nowhere."""
-        for k, row in enumerate(codes.transpose(0, 1)):
-            self.counts[k] += torch.bincount(row[row != NO_CODE], minlength=self.counts.shape[1])
+        size = self.counts.shape[1]
+        # Not in place: states that a validation in inference mode made are updated by training too.
+        self.counts = self.counts + torch.stack(
+            [torch.bincount(row[row != NO_CODE], minlength=size) for row in codes.transpose(0, 1)]
+        )
 
     def compute(self) -> dict[str, Tensor]:
         """Return scalars, averaged over codebooks.
@@ -103,7 +106,7 @@ class PhoneAgreement(Metric):
         """Add frames: phone (N,) and code (N,) of each; a negative phone or code counts nowhere."""
         known = (phones >= 0) & (codes >= 0)
         pairs = phones[known] * self.joint.shape[1] + codes[known]
-        self.joint += torch.bincount(pairs, minlength=self.joint.numel()).view_as(self.joint)
+        self.joint = self.joint + torch.bincount(pairs, minlength=self.joint.numel()).view_as(self.joint)
 
     def compute(self) -> dict[str, Tensor]:
         """Return the scalars pnmi and phone_purity; NaN without a labelled frame."""

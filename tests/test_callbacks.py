@@ -1,0 +1,85 @@
+import lightning as L
+import pytest
+import torch
+
+from repcodec.callbacks import CodecStart, SaveCodec, ValidateFirst
+from repcodec.codec import RepCodec
+from repcodec.data import ShardsDataModule
+from repcodec.module import CodecModule
+
+
+class Watch(L.Callback):
+    """Remembers at which step each validation stood, and the codec's start."""
+
+    def __init__(self):
+        self.validated, self.started = [], None
+
+    def on_validation_end(self, trainer, module):
+        self.validated.append((trainer.global_step, float(trainer.callback_metrics["valid/normalized_error"])))
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.global_step == 0:
+            self.started = {name: value.clone() for name, value in module.codec.state_dict().items()}
+
+
+def fit(splits, *callbacks, steps=4, codec=None):
+    torch.manual_seed(0)
+    codec = codec or RepCodec(8, codebook_size=16)
+    module = CodecModule(
+        codec, lambda p: torch.optim.Adam(p, 1e-4), lambda o: torch.optim.lr_scheduler.ConstantLR(o, 1.0)
+    )
+    data = ShardsDataModule(dim=8, encoder="hubert_base", layer=9, dir=str(splits), batch_size=4, crop=16)
+    watch = Watch()
+    trainer = L.Trainer(
+        accelerator="cpu", max_steps=steps, max_epochs=-1, val_check_interval=2, check_val_every_n_epoch=None,
+        num_sanity_val_steps=0, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        callbacks=[*callbacks, watch],
+    )  # fmt: skip
+    trainer.fit(module, data)
+    return watch, module, data
+
+
+def test_validation_comes_before_the_first_step(splits):
+    assert [step for step, _ in fit(splits, ValidateFirst())[0].validated] == [0, 2, 4]
+    assert [step for step, _ in fit(splits)[0].validated] == [2, 4]
+
+
+def test_validation_before_the_first_step_changes_no_training(splits):
+    one, other = (fit(splits, *callbacks)[1].state_dict() for callbacks in ([ValidateFirst()], []))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_start_scales_features_and_makes_the_stacks_the_identity(splits):
+    watch, _, data = fit(splits, CodecStart(), steps=1)
+    codec = RepCodec(8, codebook_size=16)
+    codec.load_state_dict(watch.started)
+    assert torch.equal(codec.feature_mean, data.statistics.mean)
+    assert float(codec.feature_scale) == pytest.approx(data.statistics.scale)
+    features = torch.from_numpy(data.train.sample(10**6))[None]
+    torch.testing.assert_close(codec.vectors(features), codec.normalize(features)[0])
+    error = codec(features).quantizer.loss
+    assert error < 0.9 * features.var(1, correction=0).mean() / codec.feature_scale**2  # far below one code for all
+
+
+def test_start_takes_no_more_frames_than_asked(splits, monkeypatch):
+    from repcodec.quantizers import EMAQuantizer
+
+    seen = []
+    monkeypatch.setattr(EMAQuantizer, "start", lambda self, z, seed: seen.append(len(z)))
+    fit(splits, CodecStart(max_frames=50), steps=1)
+    assert seen == [50]
+
+
+def test_saved_codec_is_that_of_the_best_validation(splits, tmp_path):
+    saver = SaveCodec(str(tmp_path / "codec"), "hubert_base", 9, 50)
+    watch, _, _ = fit(splits, ValidateFirst(), saver, steps=8)
+    best = min(error for _, error in watch.validated)
+    assert saver.best == best
+    from repcodec.checkpoint import read_config
+
+    config = read_config(tmp_path / "codec")
+    assert config["valid_normalized_error"] == pytest.approx(best)
+    assert config["step"] == next(step for step, error in watch.validated if error == best)
+    other = SaveCodec(str(tmp_path), "hubert_base", 9, 50)
+    other.load_state_dict(saver.state_dict())
+    assert other.best == best

@@ -1,0 +1,94 @@
+import numpy as np
+import pytest
+import torch
+from conftest import DIM
+
+from repcodec.codec import RepCodec
+from repcodec.data import ShardsDataModule
+from repcodec.errors import RepCodecError
+from repcodec.evaluation import evaluate, fit_kmeans
+from repcodec.kmeans import KMeansTokenizer
+
+
+def module(splits, labels=None, **options):
+    return ShardsDataModule(dim=DIM, encoder="hubert_base", layer=9, dir=str(splits), labels=labels, **options)
+
+
+@pytest.fixture
+def labels(splits):
+    path = splits / "phones.tsv"
+    rows = ["utt\tstart_s\tend_s\tphone"]
+    for utterance in range(3):
+        rows += [f"utt{utterance}\t{t / 10}\t{(t + 1) / 10}\t{'abc'[(t + utterance) % 3]}" for t in range(10)]
+    path.write_text("\n".join(rows) + "\n")
+    return str(path)
+
+
+def frames(splits, split):
+    data = module(splits)
+    return np.concatenate([data.split(split).features(i) for i in range(len(data.split(split)))])
+
+
+def test_figures_of_kmeans_by_hand(splits, labels):
+    torch.manual_seed(0)
+    tokenizer = KMeansTokenizer(torch.randn(6, DIM) * 3)
+    result = evaluate(tokenizer, "k", module(splits, labels))
+    x, mean = frames(splits, "test"), frames(splits, "train").astype(np.float64).mean(0)
+    centroids = tokenizer.centroids.numpy()
+    codes = ((x[:, None] - centroids) ** 2).sum(-1).argmin(1)
+    row = result.row
+    assert row.normalized_error == pytest.approx(
+        ((x - centroids[codes]) ** 2).sum() / ((x - mean) ** 2).sum(), rel=1e-5
+    )
+    share = np.bincount(codes, minlength=6) / len(codes)
+    entropy = -sum(p * np.log(p) for p in share if p)
+    assert row.perplexity == pytest.approx(np.exp(entropy))
+    assert row.used_share == pytest.approx((share > 0).mean())
+    assert row.bits_per_second == pytest.approx(50 * np.log2(6))
+    assert row.entropy_bits_per_second == pytest.approx(50 * entropy / np.log(2))
+    assert result.usage.tolist() == [np.bincount(codes, minlength=6).tolist()]
+    assert result.joint.sum() == len(x)  # every frame is labelled
+    corpus = [((frames(splits, s)[:, None] - centroids) ** 2).sum(-1).argmin(1) for s in ("train", "valid", "test")]
+    assert row.corpus_used_share == pytest.approx(len(set(np.concatenate(corpus).tolist())) / 6)
+
+
+def test_evaluation_does_not_change_with_the_split_into_shards_or_order(splits, labels, codec):
+    codec = codec.float().eval()
+    row = evaluate(codec, "c", module(splits, labels)).row
+    again = evaluate(codec, "c", module(splits, labels, whole_frames=30)).row
+    assert row == again
+    assert 0 <= row.pnmi <= 1
+    assert 0 < row.phone_purity <= 1
+
+
+def test_without_labels_the_phone_columns_are_empty(splits, codec):
+    row = evaluate(codec.float(), "c", module(splits)).row
+    assert row.pnmi is None
+    assert row.phone_purity is None
+
+
+def test_strided_codec_is_measured_on_all_its_frames(splits):
+    codec = RepCodec(DIM, enc_strides=(2, 1), dec_strides=(1, 2), codebook_size=16).eval()
+    result = evaluate(codec, "s", module(splits))
+    assert result.row.codes_per_second == 25
+    assert result.usage.sum() == 8 + 11 + 5
+
+
+def test_labels_of_other_utterances_are_an_error(splits, tmp_path, codec):
+    (tmp_path / "other.tsv").write_text("utt\tstart_s\tend_s\tphone\nelse\t0\t1\ta\n")
+    with pytest.raises(RepCodecError, match=r"no utterance has phone labels; the first is 'spk/utt0'"):
+        evaluate(codec.float(), "c", module(splits, str(tmp_path / "other.tsv")))
+
+
+def test_codec_and_features_of_different_width_are_one_sentence(splits):
+    with pytest.raises(RepCodecError, match=r"width 6, but .* width 8"):
+        evaluate(RepCodec(6, codebook_size=4), "six", module(splits))
+
+
+def test_fitted_kmeans_is_saved_and_taken_again_for_the_same_features_only(splits, tmp_path):
+    first = fit_kmeans(module(splits), 5, tmp_path / "k")
+    written = (tmp_path / "k" / "model.safetensors").stat().st_mtime_ns
+    assert torch.equal(fit_kmeans(module(splits), 5, tmp_path / "k").centroids, first.centroids)
+    assert (tmp_path / "k" / "model.safetensors").stat().st_mtime_ns == written
+    other = fit_kmeans(module(splits, seed=3), 5, tmp_path / "k")
+    assert not torch.equal(other.centroids, first.centroids)

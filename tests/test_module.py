@@ -1,0 +1,96 @@
+import copy
+
+import lightning as L
+import pytest
+import torch
+
+from repcodec.codec import RepCodec
+from repcodec.data import Batch, ShardsDataModule
+from repcodec.module import CodecModule
+
+
+def module(**options):
+    torch.manual_seed(0)
+    codec = RepCodec(8, codebook_size=16).double()
+    with torch.no_grad():
+        for name, parameter in codec.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(0, 2)
+    return CodecModule(
+        codec, lambda p: torch.optim.Adam(p, 1e-3), lambda o: torch.optim.lr_scheduler.ConstantLR(o, 1.0), **options
+    )
+
+
+class Alone:
+    """What the module asks of a trainer outside of one."""
+
+    world_size = 1
+
+
+def losses(model, features, lengths):
+    model._trainer = Alone()
+    batch = Batch(features, torch.tensor(lengths), torch.arange(len(lengths)))
+    return model._losses(batch)[0]
+
+
+@pytest.mark.parametrize("kind", ["l1", "l2"])
+def test_masked_batch_has_the_losses_of_single_utterances(kind):
+    model = module(reconstruction=kind, reconstruction_weight=45, commitment_weight=2)
+    features, lengths = torch.randn(3, 12, 8).double(), [12, 5, 9]
+    together = losses(model, features, lengths)
+    alone = [losses(model, features[b : b + 1, :n], [n]) for b, n in enumerate(lengths)]
+    for name in ("reconstruction", "commitment", "loss"):
+        expected = sum(n * single[name] for n, single in zip(lengths, alone, strict=True)) / sum(lengths)
+        torch.testing.assert_close(together[name], expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(together["loss"], 45 * together["reconstruction"] + 2 * together["commitment"])
+
+
+def test_masked_batch_has_the_gradients_of_cropped_utterances():
+    model = module()
+    features = torch.randn(1, 12, 8).double()
+    losses(model, features, [7])["loss"].backward()
+    masked = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    losses(model, features[:, :7], [7])["loss"].backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(masked[name], parameter.grad, rtol=1e-9, atol=1e-9)
+
+
+def test_loss_is_measured_in_scaled_features():
+    model = module()
+    features = torch.randn(2, 6, 8).double()
+    plain = losses(model, features, [6, 6])
+    model.codec.feature_scale.fill_(10.0)
+    model.codec.feature_mean.fill_(3.0)
+    scaled = losses(model, features * 10 + 3, [6, 6])
+    torch.testing.assert_close(scaled["reconstruction"], plain["reconstruction"])
+
+
+def test_batch_without_a_valid_frame_gives_zero_and_moves_nothing():
+    model = module()
+    before = copy.deepcopy(model.codec.quantizer.state_dict())
+    loss = losses(model, torch.zeros(2, 5, 8).double(), [0, 0])["loss"]
+    loss.backward()
+    model.on_before_optimizer_step(None)
+    assert loss == 0
+    assert all(torch.equal(value, before[name]) for name, value in model.codec.quantizer.state_dict().items())
+
+
+def test_unknown_reconstruction_is_refused():
+    with pytest.raises(ValueError, match="expected l1 or l2"):
+        module(reconstruction="huber")
+
+
+def test_training_makes_the_validation_error_fall(splits):
+    torch.manual_seed(0)
+    model = CodecModule(
+        RepCodec(8, codebook_size=16), lambda p: torch.optim.Adam(p, 3e-3),
+        lambda o: torch.optim.lr_scheduler.ConstantLR(o, 1.0),
+    )  # fmt: skip
+    data = ShardsDataModule(dim=8, encoder="hubert_base", layer=9, dir=str(splits), batch_size=8, crop=32)
+    trainer = L.Trainer(accelerator="cpu", max_steps=150, max_epochs=-1, logger=False, enable_checkpointing=False,
+                        enable_progress_bar=False, num_sanity_val_steps=0)  # fmt: skip
+    before = float(trainer.validate(model, data, verbose=False)[0]["valid/normalized_error"])
+    trainer.fit(model, data)
+    after = float(trainer.validate(model, data, verbose=False)[0]["valid/normalized_error"])
+    assert after < 0.8 * before
