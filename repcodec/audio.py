@@ -22,22 +22,29 @@ def read_audio(path: Path | str) -> np.ndarray:
         path: any file libsndfile reads.
 
     Returns:
-        (S,) float32 waveform in [-1, 1] at 16 kHz.
+        (S,) float32 waveform at 16 kHz; integer samples come to [-1, 1].
 
     Raises:
-        RepCodecError: the file is missing, unreadable, empty or holds a value that is not finite.
+        RepCodecError: the file is missing, unreadable, cut off, empty or holds a value that is not finite.
     """
     import soundfile
 
     try:
-        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except (soundfile.SoundFileError, OSError) as error:
+        with soundfile.SoundFile(path) as file:
+            announced, rate = file.frames, file.samplerate
+            samples = file.read(dtype="float32", always_2d=True)
+    except (soundfile.SoundFileError, OSError, TypeError) as error:  # TypeError: raw samples without a header
         raise RepCodecError(f"{path}: not a readable sound file ({error}); remove it or convert it.") from error
-    if len(samples) == 0:
-        raise RepCodecError(f"{path}: the sound is empty (0 samples); remove it from the manifest.")
+    if len(samples) < announced:
+        raise RepCodecError(
+            f"{path}: the sound is cut off: {len(samples)} samples, its header says {announced}; copy it again."
+        )
     if not np.isfinite(samples).all():
         raise RepCodecError(f"{path}: the sound holds a value that is not finite; record or convert it again.")
-    return resample(samples.mean(axis=1), rate)
+    waveform = resample(samples.mean(axis=1), rate)
+    if len(waveform) == 0:
+        raise RepCodecError(f"{path}: the sound is empty (0 samples at 16 kHz); remove it.")
+    return waveform
 
 
 def resample(samples: np.ndarray, rate: int) -> np.ndarray:
@@ -50,18 +57,18 @@ def resample(samples: np.ndarray, rate: int) -> np.ndarray:
 
 
 def num_samples_at_16khz(path: Path | str) -> int:
-    """Return how many samples `read_audio` gives for a file, from its header alone.
+    """Return how many samples `read_audio` gives for a file: from its header, or by reading it at another rate.
 
     Raises:
-        RepCodecError: the file is missing or unreadable.
+        RepCodecError: the file is missing, unreadable or empty.
     """
     import soundfile
 
     try:
         info = soundfile.info(str(path))
-    except (soundfile.SoundFileError, OSError) as error:
+    except (soundfile.SoundFileError, OSError, TypeError) as error:
         raise RepCodecError(f"{path}: not a readable sound file ({error}); remove it or convert it.") from error
-    if info.samplerate == SAMPLE_RATE:
+    if info.samplerate == SAMPLE_RATE and info.frames > 0:
         return info.frames
     return len(read_audio(path))
 

@@ -44,17 +44,19 @@ class CodecStart(L.Callback):
     def _vectors(self, codec: RepCodec, data: ShardsDataModule, device: torch.device) -> torch.Tensor:
         """Return what the quantizer sees of up to `max_frames` frames of the training set: (N, C)."""
         total = min(self.max_frames, int(data.train.lengths.sum()))
-        parts: list[torch.Tensor] = []
+        found: dict[int, torch.Tensor] = {}
         codec.eval()
         with tqdm(total=total, desc="Frames for k-means", unit="frame", unit_scale=True) as bar:
             for batch in data.start_dataloader():
                 vectors = codec.vectors(batch.features.to(device), batch.lengths.to(device))
-                parts.append(vectors)
-                bar.update(len(vectors))
-                if bar.n >= self.max_frames:
+                counts = -(-batch.lengths // codec.stride)
+                found |= dict(zip(batch.utterances.tolist(), vectors.split(counts.tolist()), strict=True))
+                bar.update(min(int(batch.lengths.sum()), total - bar.n))
+                if bar.n >= total:
                     break
         codec.train()
-        return torch.cat(parts)[: self.max_frames]
+        # In the split's order, as the k-means baseline sees it: the same frames then start the same codes.
+        return torch.cat([found[utterance] for utterance in sorted(found)])[: self.max_frames]
 
 
 class ValidateFirst(L.Callback):

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from repcodec.data import ShardsDataModule
+from repcodec.checkpoint import read_config
+from repcodec.data import STATISTICS_FRAMES, ShardsDataModule
 from repcodec.errors import RepCodecError
 from repcodec.kmeans import KMeansTokenizer
 from repcodec.labels import PhoneLabels
@@ -83,14 +84,15 @@ def fit_kmeans(data: ShardsDataModule, codebook_size: int, folder: Path) -> KMea
         "frames": int(data.train.lengths.sum()),
         "seed": data.seed,
     }
-    if (folder / "config.json").exists():
-        from repcodec.checkpoint import read_config
-
-        if about.items() <= read_config(folder).items():
-            return KMeansTokenizer.from_pretrained(folder)
-    frames = data.train.sample(1_000_000)
+    if (folder / "config.json").exists() and about.items() <= read_config(folder).items():
+        return KMeansTokenizer.from_pretrained(folder)
+    # Centred and scaled like the codec's features: distances keep their order, and a codec that starts from k-means
+    # starts from these very codes.
+    mean, scale = data.statistics.mean, data.statistics.scale
+    frames = (torch.from_numpy(data.train.sample(STATISTICS_FRAMES)) - mean) / torch.tensor(scale)
     print(f"Fitting k-means of {codebook_size} codes to {len(frames):,} frames …", flush=True)
-    tokenizer = KMeansTokenizer(torch.from_numpy(fit_centroids(frames, codebook_size, data.seed)))
+    centroids = torch.from_numpy(fit_centroids(frames.numpy(), codebook_size, data.seed))
+    tokenizer = KMeansTokenizer(centroids * scale + mean)
     tokenizer.save_pretrained(folder, about)
     return tokenizer
 

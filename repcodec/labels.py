@@ -57,10 +57,13 @@ class PhoneLabels:
         if found is None:
             return np.full(num_frames, UNLABELLED)
         starts, ends, phones = found
+        frames = np.full(num_frames, UNLABELLED)
         centres = (np.arange(num_frames) + 0.5) / frame_rate
-        segment = np.searchsorted(starts, centres, side="right") - 1
-        covered = (segment >= 0) & (centres < ends[segment])
-        return np.where(covered, phones[segment], UNLABELLED)
+        # In order of their starts: where segments overlap, the later one has its frames.
+        for start, end, phone in zip(starts, ends, phones, strict=True):
+            first, stop = np.searchsorted(centres, (start, end))
+            frames[first:stop] = phone
+        return frames
 
     @classmethod
     def read_tsv(cls, path: Path | str) -> "PhoneLabels":
@@ -91,6 +94,8 @@ class PhoneLabels:
                             f"{path}, line {rows.line_num}: expected 0 <= start_s <= end_s and a phone, found "
                             f"{start}, {end}, {row['phone']!r}."
                         )
+                    if not row["utt"]:
+                        raise RepCodecError(f"{path}, line {rows.line_num}: no utterance is named.")
                     segments[row["utt"]].append((start, end, row["phone"]))
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise RepCodecError(f"{path}: not a readable label file ({error}).") from error

@@ -17,6 +17,19 @@ def utterance_id(relative_path: str) -> str:
     return str(PurePosixPath(relative_path).with_suffix(""))
 
 
+def check_lines(*names: str) -> None:
+    """Refuse names that a tab-separated UTF-8 line cannot hold.
+
+    Raises:
+        RepCodecError: names the first.
+    """
+    for name in names:
+        # How Python reads a file name that is no UTF-8: with lone surrogates.
+        broken = any("\ud800" <= mark <= "\udfff" for mark in name)
+        if broken or any(mark in name for mark in "\t\n\r"):
+            raise RepCodecError(f"{name!r} holds a tab, a line break or a byte that is no UTF-8: rename it.")
+
+
 @dataclass(frozen=True)
 class Manifest:
     """Utterances of one split.
@@ -40,9 +53,7 @@ class Manifest:
         Raises:
             RepCodecError: a path holds a tab or a line break, or the file cannot be written.
         """
-        for name in self.paths:
-            if any(mark in name for mark in "\t\n\r"):
-                raise RepCodecError(f"{name!r} holds a tab or a line break, which a manifest cannot: rename it.")
+        check_lines(str(self.root), *self.paths)
         with atomic_write(path) as file:
             file.write(f"{self.root}\n")
             file.writelines(f"{name}\t{samples}\n" for name, samples in zip(self.paths, self.num_samples, strict=True))
@@ -80,12 +91,14 @@ class Manifest:
         """Return the utterances of shard `rank` of `num_shards`, by the published rule.
 
         Raises:
-            RepCodecError: that shard would be empty.
+            RepCodecError: there is no such shard, or it would be empty.
         """
+        if not 0 <= rank < num_shards:
+            raise RepCodecError(f"shard {rank} of {num_shards}: expected a number from 0 up to below the second one.")
         # Python's rounding, half to even, as the published scripts have it.
         start = round(len(self) / num_shards * rank)
         stop = round(len(self) / num_shards * (rank + 1))
-        if not 0 <= rank < num_shards or start == stop:
+        if start == stop:
             raise RepCodecError(
                 f"shard {rank} of {num_shards} is empty: the manifest has {len(self)} utterances; use fewer shards."
             )

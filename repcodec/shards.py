@@ -7,10 +7,12 @@ shards made by the published scripts lack it and are read all the same.
 import json
 import os
 import re
+import tokenize
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -26,8 +28,9 @@ def shard_path(folder: Path | str, rank: int, num_shards: int, suffix: str) -> P
 class ShardWriter:
     """Appends the features of one utterance after another to one shard."""
 
-    def __init__(self, file, path: Path, dim: int):
-        self._file, self._path, self._dim = file, path, dim
+    def __init__(self, file: IO[bytes], dim: int):
+        self._file, self._dim = file, dim
+        self.utterances: list[str] = []
         self.lengths: list[int] = []
         self.write_header()
 
@@ -45,9 +48,12 @@ class ShardWriter:
         """
         if features.ndim != 2 or features.shape[1] != self._dim:
             raise RepCodecError(f"{utterance}: features have shape {features.shape}, expected (T, {self._dim}).")
-        check_finite(features, utterance)
-        self._file.write(np.ascontiguousarray(features, dtype="<f4").tobytes())
-        self.lengths.append(len(features))
+        with np.errstate(over="ignore"):  # refused in the next line
+            rows = np.ascontiguousarray(features, dtype="<f4")
+        check_finite(rows, utterance)
+        self._file.write(rows.tobytes())
+        self.utterances.append(utterance)
+        self.lengths.append(len(rows))
 
 
 @contextmanager
@@ -63,18 +69,29 @@ def write_shard(folder: Path | str, rank: int, num_shards: int, dim: int, about:
         RepCodecError: the files cannot be written, or the utterances appended are not those announced.
     """
     npy, lengths, sidecar = (shard_path(folder, rank, num_shards, s) for s in (".npy", ".len", ".json"))
+    text = json.dumps(about, indent=1, ensure_ascii=False)
     with atomic_write(npy, "w+b") as file:
-        writer = ShardWriter(file, npy, dim)
+        writer = ShardWriter(file, dim)
         yield writer
-        if len(writer.lengths) != len(about["utterances"]):
-            raise RepCodecError(
-                f"{npy}: {len(writer.lengths)} utterances were written, {len(about['utterances'])} announced."
-            )
+        announced = about["utterances"]
+        if len(writer.utterances) != len(announced):
+            raise RepCodecError(f"{npy}: {len(writer.utterances)} utterances were written, {len(announced)} announced.")
+        for written, expected in zip(writer.utterances, announced, strict=True):
+            if written != expected:
+                raise RepCodecError(f"{npy}: {written} was written where {expected} was announced.")
         writer.write_header()
-    with atomic_write(sidecar) as file:
-        json.dump(about, file, indent=1, ensure_ascii=False)
-    with atomic_write(lengths) as file:
-        file.writelines(f"{length}\n" for length in writer.lengths)
+        # An older shard's description must not stand beside these values, whatever happens from here on.
+        for old in (lengths, sidecar):
+            old.unlink(missing_ok=True)
+    try:
+        with atomic_write(sidecar) as file:
+            file.write(text)
+        with atomic_write(lengths) as file:
+            file.writelines(f"{length}\n" for length in writer.lengths)
+    except BaseException:
+        for half in (npy, sidecar):
+            half.unlink(missing_ok=True)
+        raise
 
 
 def is_finished(folder: Path | str, rank: int, num_shards: int) -> bool:
@@ -82,19 +99,20 @@ def is_finished(folder: Path | str, rank: int, num_shards: int) -> bool:
     return all(shard_path(folder, rank, num_shards, s).exists() for s in (".npy", ".json", ".len"))
 
 
-def check_finite(features: np.ndarray, source: object) -> None:
-    """Refuse features that hold NaN or infinity.
+def check_finite(features: np.ndarray, source: object, first: int = 0, step: int = 1) -> None:
+    """Refuse features (T, D) that hold NaN or infinity.
+
+    Args:
+        source: what the message names.
+        first, step: the row of the source that row 0 is, and how many lie between two rows.
 
     Raises:
         RepCodecError: names `source` and the first bad frame.
     """
-    # A finite sum needs no look at each value; float32 sums of features do not overflow on their own.
-    if np.isfinite(features.sum(dtype=np.float64)):
-        return
-    bad = ~np.isfinite(features).all(axis=-1)
-    if bad.any():
+    bad = np.flatnonzero(~np.isfinite(features).all(axis=-1))
+    if len(bad):
         raise RepCodecError(
-            f"{source}: frame {int(np.argwhere(bad)[0][-1])} holds NaN or infinity ({int(bad.sum())} such frames); "
+            f"{source}: frame {first + int(bad[0]) * step} holds NaN or infinity ({len(bad)} such frames); "
             "extract these features again, in float32."
         )
 
@@ -136,12 +154,16 @@ class FeatureShards:
         self.folder = Path(folder)
         self._shards = [_open_shard(path, dim) for path in _shard_files(self.folder)]
         self.dim = self._shards[0].rows.shape[1]
+        first = self._shards[0]
         for shard in self._shards:
-            if shard.rows.shape[1] != self.dim:
-                raise RepCodecError(
-                    f"{shard.path}: width {shard.rows.shape[1]}, but {self._shards[0].path} has {self.dim}; "
-                    "shards of one folder must come from one speech encoder."
-                )
+            made = {"width": (shard.rows.shape[1], self.dim)}
+            made |= {key: (shard.about.get(key), first.about.get(key)) for key in ("encoder", "layer", "frame_rate")}
+            for key, (found, expected) in made.items():
+                if found != expected:
+                    raise RepCodecError(
+                        f"{shard.path}: {key} {found}, but {first.path} has {expected}; "
+                        "shards of one folder must come from one speech encoder."
+                    )
         self.lengths = np.concatenate([shard.lengths for shard in self._shards])
         if self.lengths.sum() == 0:
             raise RepCodecError(f"{self.folder}: the split is empty: its shards hold no frame; extract it again.")
@@ -149,8 +171,8 @@ class FeatureShards:
         self._row_of = np.concatenate([np.cumsum(s.lengths) - s.lengths for s in self._shards])
         described = all(shard.about for shard in self._shards)
         self.names = [name for s in self._shards for name in s.about["utterances"]] if described else None
-        self.root = self._shards[0].about.get("root", "")
-        self.frame_rate = self._shards[0].about.get("frame_rate")
+        self.root = first.about.get("root", "")
+        self.frame_rate = first.about.get("frame_rate")
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -186,9 +208,9 @@ class FeatureShards:
             crop = self.features(utterance, start, start + num_frames)
             batch[b, : len(crop)] = crop
             lengths[b] = len(crop)
-        if not np.isfinite(batch.sum(dtype=np.float64)):
-            for b, utterance in enumerate(utterances):
-                check_finite(batch[b], self.where(utterance))
+        if not np.isfinite(batch).all():
+            for b, (utterance, start) in enumerate(zip(utterances, starts, strict=True)):
+                check_finite(batch[b], self.where(utterance), start)
         return batch, lengths
 
     def sample(self, num_frames: int) -> np.ndarray:
@@ -205,7 +227,7 @@ class FeatureShards:
         first = 0
         for shard in self._shards:
             rows = np.asarray(shard.rows[first::step], dtype=np.float32)
-            check_finite(rows, shard.path)
+            check_finite(rows, shard.path, first, step)
             parts.append(rows)
             first = (first - len(shard.rows)) % step
         return np.concatenate(parts)
@@ -244,10 +266,14 @@ def _open_shard(path: Path, dim: int | None) -> _Shard:
             shape, fortran_order, dtype = read_header(file)
             offset = file.tell()
             found_bytes = os.fstat(file.fileno()).st_size - offset
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SyntaxError, tokenize.TokenError) as error:  # the header is a Python literal
         raise RepCodecError(f"{path}: not a readable .npy file ({error}); extract it again.") from error
     if len(shape) != 2 or fortran_order or dtype.kind != "f":
-        raise RepCodecError(f"{path}: holds a {dtype} array of shape {shape}, expected a (frames, width) float array.")
+        order = "Fortran" if fortran_order else "C"
+        raise RepCodecError(
+            f"{path}: holds a {dtype} array of shape {shape} in {order} order, expected a (frames, width) float array "
+            "in C order."
+        )
     if dim is not None and shape[1] != dim:
         raise RepCodecError(
             f"{path}: the features have width {shape[1]}, expected {dim}; choose the speech encoder they were made "
@@ -273,7 +299,9 @@ def _read_lengths(path: Path, rows: int) -> np.ndarray:
         raise RepCodecError(f"{path} is missing: the shard was never finished; extract it again.") from error
     except (OSError, ValueError, OverflowError) as error:
         raise RepCodecError(f"{path}: expected one number of frames a line ({error}).") from error
-    if (lengths < 0).any() or lengths.sum() != rows:
+    if (lengths < 0).any():
+        raise RepCodecError(f"{path}: a length is negative ({lengths.min()}); extract this shard again.")
+    if lengths.sum() != rows:
         raise RepCodecError(
             f"{path}: the lengths sum to {lengths.sum()} frames, but the .npy beside it has {rows} rows; "
             "extract this shard again."
@@ -286,17 +314,14 @@ def _read_sidecar(path: Path, num_utterances: int) -> dict:
         return {}
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
-        names = about["utterances"]
-        well_formed = (
-            isinstance(about["root"], str)
-            and isinstance(about["frame_rate"], (int, float))
-            and all(isinstance(name, str) for name in names)
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RepCodecError(
-            f"{path}: not a readable shard description ({error!r}); extract this shard again."
-        ) from error
-    if not well_formed or len(names) != num_utterances:
+    except (OSError, ValueError) as error:
+        raise RepCodecError(f"{path}: not a readable shard description ({error}); extract this shard again.") from error
+    expected = {"root": str, "frame_rate": int | float, "utterances": list}
+    for key, kind in expected.items():
+        if not isinstance(about, dict) or not isinstance(about.get(key), kind):
+            raise RepCodecError(f"{path}: {key!r} is missing or of the wrong kind; extract this shard again.")
+    names = about["utterances"]
+    if len(names) != num_utterances or not all(isinstance(name, str) for name in names):
         raise RepCodecError(
             f"{path}: names {len(names)} utterances, the .len beside it {num_utterances}; extract this shard again."
         )

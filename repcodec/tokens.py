@@ -11,6 +11,7 @@ import numpy as np
 
 from repcodec.errors import RepCodecError
 from repcodec.files import atomic_write
+from repcodec.manifest import check_lines
 
 
 def write_tokens(path: Path | str, root: Path | str, utterances: Iterable[tuple[str, np.ndarray]]) -> None:
@@ -22,11 +23,13 @@ def write_tokens(path: Path | str, root: Path | str, utterances: Iterable[tuple[
         utterances: relative path and (T,) integer codes of each, consumed one by one.
 
     Raises:
-        RepCodecError: the file cannot be written.
+        RepCodecError: a name cannot stand in a line, or the file cannot be written.
     """
+    check_lines(str(root))
     with atomic_write(path) as file:
         file.write(f"{root}\n")
         for name, codes in utterances:
+            check_lines(name)
             file.write(f"{name}\t{' '.join(map(str, codes.tolist()))}\n")
 
 
@@ -38,7 +41,8 @@ def read_tokens(path: Path | str) -> Iterator[tuple[str, np.ndarray]]:
     """
     try:
         with open(path, encoding="utf-8") as file:
-            next(file, None)
+            if not next(file, "").endswith("\n"):
+                raise RepCodecError(f"{path}: the file is empty or cut off in its first line; make it again.")
             for number, line in enumerate(file, start=2):
                 name, tab, codes = line.rstrip("\n").partition("\t")
                 # A line without its end was cut off: the last code may be half of one.
@@ -49,7 +53,7 @@ def read_tokens(path: Path | str) -> Iterator[tuple[str, np.ndarray]]:
                     )
                 try:
                     yield name, np.array(codes.split(), dtype=np.int64)
-                except ValueError as error:
+                except (ValueError, OverflowError) as error:
                     raise RepCodecError(f"{path}, line {number}: a code is not a whole number ({error}).") from error
     except (OSError, UnicodeDecodeError) as error:
         raise RepCodecError(f"{path}: not a readable tokens file ({error}).") from error

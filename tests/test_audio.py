@@ -1,4 +1,5 @@
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +13,11 @@ from repcodec.errors import RepCodecError
 def refused(*fragments):
     with pytest.raises(RepCodecError) as caught:
         yield
+    message = str(caught.value)
     for fragment in fragments:
-        assert str(fragment) in str(caught.value)
+        assert str(fragment) in message
+        if isinstance(fragment, Path):  # the test's own name is part of it: look for the words elsewhere
+            message = message.replace(str(fragment), "")
 
 
 def noise(num_samples, channels=1):

@@ -14,8 +14,11 @@ from repcodec.manifest import Manifest, utterance_id
 def refused(*fragments):
     with pytest.raises(RepCodecError) as caught:
         yield
+    message = str(caught.value)
     for fragment in fragments:
-        assert str(fragment) in str(caught.value)
+        assert str(fragment) in message
+        if isinstance(fragment, Path):  # the test's own name is part of it: look for the words elsewhere
+            message = message.replace(str(fragment), "")
 
 
 def manifest(num_utterances, root="/audio"):

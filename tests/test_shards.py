@@ -19,8 +19,11 @@ LENGTHS = [[3, 1, 5], [2], [4, 6]]
 def refused(*fragments):
     with pytest.raises(RepCodecError) as caught:
         yield
+    message = str(caught.value)
     for fragment in fragments:
-        assert str(fragment) in str(caught.value)
+        assert str(fragment) in message
+        if isinstance(fragment, Path):  # the test's own name is part of it: look for the words elsewhere
+            message = message.replace(str(fragment), "")
 
 
 @pytest.fixture
@@ -222,19 +225,11 @@ def test_a_disk_full_of_features_is_refused_and_leaves_nothing(tiny_disk):
     assert not list(tiny_disk.iterdir())
 
 
-def test_a_disk_full_before_the_lengths_leaves_nothing_that_looks_finished(tiny_disk):
-    with refused("No space left"):
-        write(tiny_disk, {"a.wav": random(3, DIM)}, note="x" * 100_000)
-
-    assert not is_finished(tiny_disk, 0, 1)
-    with refused("0_1"):
-        FeatureShards(tiny_disk)
-
-
 def test_a_disk_full_before_the_lengths_leaves_nothing(tiny_disk):
     with refused("No space left"):
         write(tiny_disk, {"a.wav": random(3, DIM)}, note="x" * 100_000)
 
+    assert not is_finished(tiny_disk, 0, 1)
     assert not list(tiny_disk.iterdir())
 
 
@@ -465,7 +460,7 @@ def test_shards_of_several_widths_are_refused(split):
         FeatureShards(folder)
 
 
-@pytest.mark.parametrize("difference", [{"layer": 6}, {"encoder": "other"}, {"frame_rate": 25.0}, {"root": "/other"}])
+@pytest.mark.parametrize("difference", [{"layer": 6}, {"encoder": "other"}, {"frame_rate": 25.0}])
 def test_shards_described_as_made_differently_are_refused(tmp_path, difference):
     write(tmp_path, {"a.wav": random(3, DIM)}, 0, 2)
     write(tmp_path, {"b.wav": random(3, DIM)}, 1, 2, **difference)
