@@ -6,7 +6,7 @@ PYTHON ?= python3
 # The same job on your own recordings: make demo AUDIO=folder RUN=name [LABELS=phones.tsv]
 RUN ?= demo
 OUT := outputs/$(RUN)
-JOB := run=$(RUN) $(if $(AUDIO),"data.audio='$(AUDIO)'") $(if $(LABELS),"data.labels='$(LABELS)'")
+DATA := $(if $(AUDIO),"data.audio='$(AUDIO)'") $(if $(LABELS),"data.labels='$(LABELS)'")
 FEATURES := cache/$(RUN)/features/whisper_tiny_en/l3
 
 .PHONY: venv demo test test-all lint clean
@@ -19,16 +19,16 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: venv
-	$(BIN)/python train.py experiment=demo $(JOB)
+	$(BIN)/python train.py experiment=demo run=$(RUN) $(DATA)
 	$(BIN)/repcodec tokenize $(OUT)/codec $(FEATURES)/test -o $(OUT)/test.tokens
-	$(BIN)/python evaluate.py encoder=whisper_tiny_en data=demo $(JOB)
+	$(BIN)/python evaluate.py encoder=whisper_tiny_en data=demo run=$(RUN) $(DATA)
 	@printf '%s\n' \
 	  'report:      $(OUT)/report.html' \
 	  'saved codec: $(OUT)/codec' \
 	  'tokens file: $(OUT)/test.tokens' \
 	  '' 'Try next:' \
 	  '  $(BIN)/repcodec tokenize $(OUT)/codec $(FEATURES)/valid -o valid.tokens' \
-	  '  $(BIN)/python train.py experiment=demo run=rvq data.name=$(RUN) quantizer=rvq' \
+	  '  $(BIN)/python train.py experiment=demo run=rvq data.name=$(RUN) quantizer=rvq $(subst ','\'',$(DATA))' \
 	  '  make demo AUDIO=folder-of-recordings RUN=mine'
 
 test: venv

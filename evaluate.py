@@ -1,14 +1,13 @@
 """Compare tokenizers on a set of features: `python evaluate.py --help`."""
 
-import sys
+import os
 from pathlib import Path
 
 import hydra
-from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from repcodec.errors import RepCodecError, user_message
+from repcodec.errors import one_sentence
 from repcodec.evaluation import evaluate, fit_kmeans
 from repcodec.report import print_table, read_curve, write_report
 from repcodec.tokenization import label, load_tokenizer
@@ -41,14 +40,11 @@ def compare(config: DictConfig) -> None:
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
 def main(config: DictConfig) -> None:
     """Run; a user's mistake ends in one sentence and exit code 1."""
-    try:
+    with one_sentence():
         compare(config)
-    except (RepCodecError, InstantiationException) as error:
-        if (message := user_message(error)) is None:
-            raise
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(1)
 
 
 if __name__ == "__main__":
-    main()
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra's errors too come here, to end in one sentence
+    with one_sentence():
+        main()

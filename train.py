@@ -1,18 +1,17 @@
 """Train a RepCodec on features of a frozen speech encoder: `python train.py --help`."""
 
 import logging
-import sys
+import os
 import warnings
 from pathlib import Path
 
 import hydra
 import lightning as L
-from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
 
-from repcodec.errors import RepCodecError, user_message
+from repcodec.errors import one_sentence
 
 log = logging.getLogger("repcodec")
 # Advice about workers and intervals that do not fit batches read from a memory map.
@@ -51,14 +50,11 @@ def train(config: DictConfig) -> float:
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(config: DictConfig) -> float:
     """Run one job; a user's mistake ends in one sentence and exit code 1."""
-    try:
+    with one_sentence():
         return train(config)
-    except (RepCodecError, InstantiationException) as error:
-        if (message := user_message(error)) is None:
-            raise
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(1)
 
 
 if __name__ == "__main__":
-    main()
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra's errors too come here, to end in one sentence
+    with one_sentence():
+        main()

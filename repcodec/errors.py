@@ -1,5 +1,9 @@
 """The one error class for what a user can mend, and how an entry point shows it."""
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class RepCodecError(Exception):
     """Bad input or an unusable environment, described in one sentence for the user.
@@ -12,15 +16,33 @@ class RepCodecError(Exception):
 def user_message(error: BaseException) -> str | None:
     """Return the sentence for the user behind an error, None where it is no user's mistake.
 
-    Looks through the errors that wrap others (Hydra's when it makes an object), and through the traceback
-    that a DataLoader worker makes of one. A ValueError counts where it is what Hydra's error wraps: an
-    option's value that does not fit.
+    Looks through errors that wrap others (Hydra's when it makes an object), and through the traceback that a
+    DataLoader worker makes of one. What the system refuses by name (a full disk, a folder that cannot be made)
+    counts too, and Hydra's own words about a wrong override.
     """
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, RepCodecError):
             return str(cause).rpartition("RepCodecError: ")[2].strip()
+        if isinstance(cause, OSError) and cause.filename is not None:
+            return f"{cause.filename}: {cause.strerror}; choose a place you may write to, with room on it."
         if isinstance(cause, ValueError) and cause is not error:
             return str(cause)
         cause = cause.__cause__
+    # Hydra's are told by name: this file is imported where Hydra must not be.
+    if type(error).__module__ == "hydra.errors" and type(error).__name__ != "InstantiationException":
+        return str(error)
     return None
+
+
+@contextmanager
+def one_sentence() -> Iterator[None]:
+    """End the program with exit code 1 and one sentence when the block ends in a user's mistake."""
+    try:
+        yield
+    except Exception as error:
+        message = user_message(error)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(1)

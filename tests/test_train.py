@@ -193,13 +193,14 @@ def test_two_processes_equal_one_with_both_halves_of_the_batch(splits, tmp_path)
         torch.testing.assert_close(states[1][name], value, rtol=1e-8, atol=1e-8)
 
 
-def one_sentence(result):
-    """Check that a run ended as a user's mistake does; return its sentence."""
+def one_sentence(result, *further):
+    """Check that a run ended as a user's mistake does; return what it said."""
     assert result.returncode == 1, result.stderr
     assert "Traceback" not in result.stderr
-    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
-    return lines[0]
+    assert result.stderr.count("error: ") == 1
+    said = result.stderr.partition("error: ")[2]
+    assert all(word in said for word in further)
+    return said
 
 
 def test_missing_features_name_the_command(tmp_path):
@@ -216,13 +217,30 @@ def test_nan_features_in_a_worker_end_the_run_in_one_sentence(splits, tmp_path):
 
 
 def test_unknown_encoder_lists_the_known_ones(tmp_path):
-    result = run(tmp_path, tmp_path / "run", "encoder=hubert_huge")
-    assert result.returncode != 0
-    assert "hubert_large" in result.stderr + result.stdout
+    assert "hubert_huge" in one_sentence(run(tmp_path, tmp_path / "run", "encoder=hubert_huge"), "hubert_large")
+
+
+def test_misspelt_override_is_named(tmp_path):
+    assert "batch_sice" in one_sentence(run(tmp_path, tmp_path / "run", "data.batch_sice=3"))
+
+
+def test_option_that_does_not_fit_is_one_sentence(splits, tmp_path):
+    assert "same product" in one_sentence(run(splits, tmp_path / "run", "codec.enc_strides=[1,2]"))
 
 
 def test_unwritable_output_folder_is_one_sentence(splits, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    result = run(splits, tmp_path / "file" / "run")
-    assert result.returncode != 0
-    assert str(tmp_path / "file") in result.stderr
+    assert str(tmp_path / "file" / "run") in one_sentence(run(splits, tmp_path / "file" / "run"))
+
+
+def test_full_disk_is_one_sentence(splits, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", disk], check=False).returncode != 0:
+        pytest.skip("needs the right to mount a small disk")
+    try:
+        sentence = one_sentence(run(splits, disk / "run", "encoder.dim=8", "quantizer.codebook_size=4096"))
+        assert "No space left" in sentence
+        assert not list(disk.rglob("config.json")), "no codec that looks finished"
+    finally:
+        subprocess.run(["umount", disk], check=True)
