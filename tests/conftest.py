@@ -1,5 +1,8 @@
 """Small real shards and codecs, made by the project's own code."""
 
+import os
+import subprocess
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +10,7 @@ import pytest
 import torch
 
 from repcodec.codec import RepCodec
+from repcodec.errors import RepCodecError
 from repcodec.shards import write_shard
 
 DIM = 8
@@ -49,3 +53,31 @@ def codec() -> RepCodec:
             if name.endswith("bias"):
                 parameter.normal_(0, 2)
     return codec
+
+
+@contextmanager
+def refused(*fragments):
+    """Expect a RepCodecError whose sentence holds all fragments."""
+    with pytest.raises(RepCodecError) as caught:
+        yield
+    message = str(caught.value)
+    for fragment in fragments:
+        assert str(fragment) in message
+        if isinstance(fragment, Path):  # the test's own name is part of it: look for the words elsewhere
+            message = message.replace(str(fragment), "")
+
+
+@pytest.fixture
+def tiny_disk(tmp_path):
+    """A file system of 64 KiB."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a tiny file system")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"a tiny file system cannot be mounted here: {done.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)

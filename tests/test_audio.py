@@ -1,23 +1,10 @@
-from contextlib import contextmanager
-from pathlib import Path
-
 import numpy as np
 import pytest
 import soundfile
+from conftest import refused
 
 from repcodec.audio import SAMPLE_RATE, find_sound_files, num_samples_at_16khz, read_audio, resample
 from repcodec.errors import RepCodecError
-
-
-@contextmanager
-def refused(*fragments):
-    with pytest.raises(RepCodecError) as caught:
-        yield
-    message = str(caught.value)
-    for fragment in fragments:
-        assert str(fragment) in message
-        if isinstance(fragment, Path):  # the test's own name is part of it: look for the words elsewhere
-            message = message.replace(str(fragment), "")
 
 
 def noise(num_samples, channels=1):

@@ -1,26 +1,7 @@
-import os
-import subprocess
-
 import pytest
 
 from repcodec.errors import RepCodecError
 from repcodec.files import atomic_write
-
-
-@pytest.fixture
-def tiny_disk(tmp_path):
-    """A file system of 64 KiB."""
-    if os.geteuid() != 0:
-        pytest.skip("only root can mount a tiny file system")
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"a tiny file system cannot be mounted here: {done.stderr.strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", folder], check=True)
 
 
 def test_text_is_written_as_utf8_with_plain_line_ends(tmp_path):

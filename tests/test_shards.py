@@ -1,11 +1,9 @@
 import json
-import os
-import subprocess
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import refused
 
 from repcodec.errors import RepCodecError
 from repcodec.shards import FeatureShards, check_finite, is_finished, shard_path, write_shard
@@ -13,33 +11,6 @@ from repcodec.shards import FeatureShards, check_finite, is_finished, shard_path
 DIM = 4
 LENGTHS = [[3, 1, 5], [2], [4, 6]]
 """Frames of each utterance of the three shards that `split` makes."""
-
-
-@contextmanager
-def refused(*fragments):
-    with pytest.raises(RepCodecError) as caught:
-        yield
-    message = str(caught.value)
-    for fragment in fragments:
-        assert str(fragment) in message
-        if isinstance(fragment, Path):  # the test's own name is part of it: look for the words elsewhere
-            message = message.replace(str(fragment), "")
-
-
-@pytest.fixture
-def tiny_disk(tmp_path):
-    """A file system of 64 KiB."""
-    if os.geteuid() != 0:
-        pytest.skip("only root can mount a tiny file system")
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"a tiny file system cannot be mounted here: {done.stderr.strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", folder], check=True)
 
 
 def random(*shape):
