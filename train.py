@@ -29,8 +29,8 @@ def train(config: DictConfig) -> float:
     data = instantiate(config.data)
     module = instantiate(config.module)
     loggers = [instantiate(logger) for logger in config.logger.values()]
-    callbacks = [instantiate(callback) for callback in config.callbacks.values()]
-    trainer = instantiate(config.trainer, logger=loggers, callbacks=callbacks)
+    callbacks = {name: instantiate(callback) for name, callback in config.callbacks.items()}
+    trainer = instantiate(config.trainer, logger=loggers, callbacks=list(callbacks.values()))
     for logger in loggers:
         logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))
     if trainer.is_global_zero:
@@ -41,10 +41,10 @@ def train(config: DictConfig) -> float:
         for logger in loggers:
             if isinstance(logger, WandbLogger):
                 logger.experiment.finish()  # says where the run lies and how to sync it
-    best = trainer.checkpoint_callback.best_model_score
+    saved = callbacks["save_codec"]
     if trainer.is_global_zero:
-        log.info("Codec of the best validation: %s", config.callbacks.save_codec.folder)
-    return float("nan") if best is None else float(best)
+        log.info("Codec of the best validation, normalized error %.4f: %s", saved.best, saved.folder)
+    return saved.best
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")

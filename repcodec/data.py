@@ -64,7 +64,7 @@ class ShardDataset(Dataset):
 
     def __getitem__(self, places: Sequence[tuple[int, int]]) -> Batch:
         utterances = [utterance for utterance, _ in places]
-        num_frames = self.num_frames or int(self.shards.lengths[utterances].max())
+        num_frames = self.num_frames or max(1, int(self.shards.lengths[utterances].max()))
         features, lengths = self.shards.gather(utterances, [start for _, start in places], num_frames)
         return Batch(torch.from_numpy(features), torch.from_numpy(lengths), torch.tensor(utterances))
 
@@ -174,8 +174,6 @@ class ShardsDataModule(L.LightningDataModule):
         self.labels = labels
         self.batch_size, self.crop, self.seed, self.num_workers = batch_size, crop, seed, num_workers
         self.whole_frames = whole_frames
-        # More ranks than validation utterances: some have none, and metrics are summed all the same.
-        self.allow_zero_length_dataloader_with_multiple_devices = True
 
     def split(self, name: str) -> FeatureShards:
         """Open a split.
@@ -242,4 +240,7 @@ class ShardsDataModule(L.LightningDataModule):
             batches[-1].append((utterance, 0))
         if shuffle:
             batches = [batches[i] for i in np.random.default_rng(self.seed).permutation(len(batches))]
-        return DataLoader(ShardDataset(shards, None), sampler=batches if len(order) else [], batch_size=None)
+        if len(order) == 0:
+            # Fewer utterances than ranks: an empty crop, so that all ranks meet where metrics are added up.
+            batches = [[(0, int(shards.lengths[0]))]]
+        return DataLoader(ShardDataset(shards, None), sampler=batches, batch_size=None)

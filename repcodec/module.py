@@ -108,10 +108,13 @@ class CodecModule(L.LightningModule):
         error = self.valid_error.compute()
         self.log("valid/normalized_error", error)
         self.log("valid_error", error, prog_bar=True, logger=False)
-        for prefix, usage in (("valid", self.valid_usage), ("train", self.train_usage)):
-            if usage.update_called:
-                for name, value in usage.compute().items():
-                    self.log(f"{prefix}/{name}", value)
+        usages = {"valid": self.valid_usage}
+        # Every rank computes or none: a rank may hold no validation utterance, but all are at the same step.
+        if self.global_step > 0:
+            usages["train"] = self.train_usage
+        for prefix, usage in usages.items():
+            for name, value in usage.compute().items():
+                self.log(f"{prefix}/{name}", value)
         self.train_usage.reset()
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import FAST_CODEC
+from conftest import FAST_CODEC, write_split
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
@@ -138,6 +138,17 @@ def test_wandb_run_holds_losses_usage_histogram_and_learning_rate(splits, tmp_pa
     assert sum(histogram.histogram) == 16  # every code once
 
 
+def test_mixed_precision_keeps_codebook_and_losses_in_float32(splits, tmp_path):
+    run_here(splits, tmp_path / "run", "logger=csv", "+trainer.precision=bf16-mixed", "callbacks=kmeans_start")
+    state = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert {value.dtype for value in state.values()} == {torch.float32}
+    mixed = [float(row["train/loss"]) for row in metrics(tmp_path / "run") if row["train/loss"]]
+    run_here(splits, tmp_path / "full", "logger=csv", "callbacks=kmeans_start")
+    full = [float(row["train/loss"]) for row in metrics(tmp_path / "full") if row["train/loss"]]
+    assert mixed == pytest.approx(full, rel=0.05)
+    assert mixed != full
+
+
 def equal_checkpoints(one, other):
     one, other = (torch.load(path, weights_only=True) for path in (one, other))
     assert one["global_step"] == other["global_step"]
@@ -177,6 +188,7 @@ def test_killed_and_resumed_run_equals_one_never_stopped(splits, tmp_path, inter
 
 
 def test_two_processes_equal_one_with_both_halves_of_the_batch(splits, tmp_path):
+    write_split(splits / "valid", [20], seed=2)  # the second process has no validation utterance
     options = ["+trainer.precision=64-true", "trainer.max_steps=5", "quantizer.revive_below=0.05",
                "callbacks=kmeans_start"]  # fmt: skip
     ranks = ["trainer=ddp_cpu", "trainer.strategy.timeout.minutes=1", "data.batch_size=3"]
