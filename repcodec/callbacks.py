@@ -6,6 +6,7 @@ from pathlib import Path
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from tqdm import tqdm
 
@@ -127,3 +128,32 @@ class UsageHistogram(L.Callback):
                     logger.experiment.log({name: wandb.Histogram(values), "trainer/global_step": trainer.global_step})
                 elif isinstance(logger, TensorBoardLogger):
                     logger.experiment.add_histogram(name, values, trainer.global_step)
+
+
+class StepProgress(ProgressBar):
+    """One bar over all steps of the training; Lightning's own begins anew every epoch, which may be seconds."""
+
+    _bar: tqdm | None = None
+
+    def disable(self) -> None:
+        """Show nothing; Lightning calls this on all ranks but the first."""
+        self._bar = tqdm(disable=True)
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Open the bar where a resumed run stands."""
+        super().on_train_start(trainer, module)
+        if self._bar is None:
+            self._bar = tqdm(total=trainer.max_steps, initial=trainer.global_step, desc="Training", unit="step")
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args) -> None:
+        """Move the bar to the optimizer's step."""
+        assert self._bar is not None
+        if trainer.global_step > self._bar.n:
+            figures = {name: f"{float(value):.3f}" for name, value in trainer.progress_bar_metrics.items()}
+            self._bar.set_postfix(figures, refresh=False)
+            self._bar.update(trainer.global_step - self._bar.n)
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Close the bar."""
+        assert self._bar is not None
+        self._bar.close()

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 FAST = [
     *FAST_CODEC, "data.batch_size=4", "data.crop=16", "trainer.max_steps=6", "trainer.val_check_interval=3",
-    "trainer.log_every_n_steps=1", "+trainer.enable_progress_bar=false",
+    "trainer.log_every_n_steps=1",
 ]  # fmt: skip
 
 
