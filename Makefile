@@ -21,7 +21,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: venv
 	$(BIN)/python train.py experiment=demo run=$(RUN) $(DATA)
 	$(BIN)/repcodec tokenize $(OUT)/codec $(FEATURES)/test -o $(OUT)/test.tokens
-	$(BIN)/python evaluate.py encoder=whisper_tiny_en data=demo run=$(RUN) $(DATA)
+	$(BIN)/python evaluate.py encoder=whisper_tiny_en data=demo corpus=true run=$(RUN) $(DATA)
 	@printf '%s\n' \
 	  'report:      $(OUT)/report.html' \
 	  'saved codec: $(OUT)/codec' \
@@ -42,6 +42,7 @@ lint: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# What you made, outputs/ and cache/, stays.
 clean:
-	rm -rf $(VENV) outputs cache build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +

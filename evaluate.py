@@ -7,10 +7,10 @@ import hydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from repcodec.errors import one_sentence
+from repcodec.errors import RepCodecError, one_sentence
 from repcodec.evaluation import evaluate, fit_kmeans
 from repcodec.report import print_table, read_curve, write_report
-from repcodec.tokenization import label, load_tokenizer
+from repcodec.tokenization import label, load_tokenizer, usable_device
 
 
 def compare(config: DictConfig) -> None:
@@ -18,16 +18,19 @@ def compare(config: DictConfig) -> None:
     data = instantiate(config.data)
     data.prepare_data()
     run_dir = Path(config.run_dir)
-    tokenizers = [(folder, load_tokenizer(folder)) for folder in config.tokenizers]
+    device = usable_device(config.device)
+    scored = data.split(config.split)
+    tokenizers = [(folder, load_tokenizer(folder, scored)) for folder in config.tokenizers]
     # A folder's name tells codecs apart only where there are several.
     where = {folder: f", {folder}" if len(tokenizers) > 1 else "" for folder, _ in tokenizers}
-    names = [f"{label(tokenizer)}{where[folder]}" for folder, tokenizer in tokenizers]
-    models = [tokenizer for _, tokenizer in tokenizers]
+    models = [(f"{label(tokenizer)}{where[folder]}", tokenizer) for folder, tokenizer in tokenizers]
     for size in config.kmeans:
-        models.append(fit_kmeans(data, size, run_dir / f"kmeans-{size}"))
-        names.append(label(models[-1]))
-    results = [evaluate(model, name, data, config.split) for model, name in zip(models, names, strict=True)]
-    minutes = data.split(config.split).lengths.sum() / config.encoder.frame_rate / 60
+        kmeans = fit_kmeans(data, size, run_dir / f"kmeans-{size}")
+        models.append((label(kmeans), kmeans))
+    if not models:
+        raise RepCodecError("tokenizers and kmeans are both empty: name at least one tokenizer to evaluate.")
+    results = [evaluate(model.to(device), name, data, config.split, config.corpus) for name, model in models]
+    minutes = scored.lengths.sum() / config.encoder.frame_rate / 60
     facts = {
         "features": f"{config.encoder.name}, layer {config.layer}, width {config.encoder.dim}",
         "set": f"{config.split}, {minutes:.1f} minutes, of {data.dir}",

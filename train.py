@@ -11,7 +11,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
 
-from repcodec.errors import one_sentence
+from repcodec.errors import RepCodecError, one_sentence
 
 log = logging.getLogger("repcodec")
 # Advice about workers and intervals that do not fit batches read from a memory map.
@@ -24,6 +24,8 @@ logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARN
 
 def train(config: DictConfig) -> float:
     """Train as configured; return the best validation's normalized reconstruction error."""
+    if config.ckpt_path is not None and not Path(config.ckpt_path).is_file():
+        raise RepCodecError(f"ckpt_path={config.ckpt_path}: no such checkpoint; a run has its own in checkpoints/.")
     L.seed_everything(config.seed, workers=True, verbose=False)
     run_dir = Path(config.run_dir)
     data = instantiate(config.data)
@@ -35,12 +37,16 @@ def train(config: DictConfig) -> float:
         logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))
     if trainer.is_global_zero:
         OmegaConf.save(config, run_dir / "config.yaml", resolve=True)
+    status = 1
     try:
         trainer.fit(module, data, ckpt_path=config.ckpt_path, weights_only=True)
+        if trainer.global_step % config.trainer.val_check_interval:  # the last steps have no checkpoint yet
+            trainer.save_checkpoint(run_dir / "checkpoints" / "last.ckpt")
+        status = 0
     finally:
         for logger in loggers:
             if isinstance(logger, WandbLogger):
-                logger.experiment.finish()  # says where the run lies and how to sync it
+                logger.experiment.finish(exit_code=status)  # says where the run lies and how to sync it
     saved = callbacks["save_codec"]
     if trainer.is_global_zero:
         log.info("Codec of the best validation, normalized error %.4f: %s", saved.best, saved.folder)

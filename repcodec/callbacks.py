@@ -1,4 +1,4 @@
-"""Callbacks for what Lightning lacks: the codec's start, a validation before the first step, the saved codec."""
+"""Callbacks for what Lightning lacks: the codec's start, validation at both ends, the saved codec, one bar."""
 
 from importlib.metadata import version
 from pathlib import Path
@@ -60,23 +60,44 @@ class CodecStart(L.Callback):
         return torch.cat([found[utterance] for utterance in sorted(found)])[: self.max_frames]
 
 
-class ValidateFirst(L.Callback):
-    """Validates before the first step, so that every curve begins at step 0; put it after CodecStart."""
+class ValidateEnds(L.Callback):
+    """Validates before the first step and after the last one, wherever `val_check_interval` falls.
+
+    So every curve begins at step 0, and no step is trained in vain. Put it after CodecStart and before the
+    callbacks that save.
+    """
+
+    def __init__(self) -> None:
+        self.validated_at = -1
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Remember the step."""
+        self.validated_at = trainer.global_step
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Validate the start, but not that of a resumed run."""
+        if trainer.ckpt_path is None:
+            self._validate(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Validate the end, if no validation fell there."""
+        if self.validated_at < trainer.global_step:
+            self._validate(trainer)
+
+    def _validate(self, trainer: L.Trainer) -> None:
         """Run the validation as Lightning does between two steps."""
-        if trainer.ckpt_path is not None:
-            return
-        loop = trainer.fit_loop.epoch_loop
         first_loop_iter = trainer._logger_connector._first_loop_iter
         trainer.validating = True
-        loop.val_loop.run()
+        trainer.fit_loop.epoch_loop.val_loop.run()
         trainer.training = True
         trainer._logger_connector._first_loop_iter = first_loop_iter
 
 
 class SaveCodec(L.Callback):
-    """Saves the codec of the best validation as config.json and model.safetensors."""
+    """Saves the codec of the best validation after step 0 as config.json and model.safetensors.
+
+    Like Lightning's ModelCheckpoint it passes over step 0, so that best.ckpt and the saved codec are the same.
+    """
 
     def __init__(
         self, folder: str, encoder: str, layer: int, frame_rate: float, monitor: str = "valid/normalized_error"
@@ -95,7 +116,7 @@ class SaveCodec(L.Callback):
         """Save when this validation is the best so far."""
         assert isinstance(module, CodecModule)
         error = trainer.callback_metrics.get(self.monitor)
-        if trainer.sanity_checking or error is None or not float(error) < self.best:
+        if trainer.global_step == 0 or error is None or not float(error) < self.best:
             return
         self.best = float(error)
         if trainer.is_global_zero:
@@ -117,9 +138,9 @@ class UsageHistogram(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Log one histogram a codebook: log10 of 1 + the frames of each code."""
         assert isinstance(module, CodecModule)
-        if trainer.sanity_checking or not trainer.is_global_zero:
+        if not trainer.is_global_zero:
             return
-        for k, counts in enumerate(module.valid_usage.counts.cpu().numpy()):
+        for k, counts in enumerate(module.valid_counts.cpu().numpy()):
             values, name = np.log10(1 + counts), f"valid/log10_code_counts_{k}"
             for logger in trainer.loggers:
                 if isinstance(logger, WandbLogger):

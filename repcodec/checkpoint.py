@@ -1,5 +1,6 @@
 """Saved folders: config.json and model.safetensors. Nothing in them is ever unpickled."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from repcodec.files import atomic_write
 def save_folder(folder: Path | str, config: dict, tensors: dict[str, Tensor]) -> None:
     """Write config.json and model.safetensors, each whole or not at all, config.json last.
 
+    config.json holds the weights' hash, so that a kill between the two leaves nothing that looks finished.
+
     Raises:
         RepCodecError: the folder cannot be written.
     """
@@ -20,7 +23,9 @@ def save_folder(folder: Path | str, config: dict, tensors: dict[str, Tensor]) ->
 
     folder = Path(folder)
     with atomic_write(folder / "model.safetensors", "w+b") as file:
-        file.write(save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
+        weights = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+        file.write(weights)
+    config = {**config, "weights_sha256": hashlib.sha256(weights).hexdigest()}
     with atomic_write(folder / "config.json") as file:
         json.dump(config, file, indent=2)
         file.write("\n")
@@ -55,13 +60,18 @@ def load_tensors(folder: Path | str, module: torch.nn.Module) -> None:
         RepCodecError: the file is missing, damaged, or of another architecture.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors.torch import load
 
     path = Path(folder) / "model.safetensors"
     try:
-        tensors = load_file(path)
+        weights = path.read_bytes()
+        tensors = load(weights)
     except (OSError, SafetensorError) as error:
         raise RepCodecError(f"{path}: the weights cannot be read ({error}); save or download them again.") from error
+    # A folder made by hand may lack the hash.
+    expected = read_config(folder).get("weights_sha256")
+    if expected is not None and hashlib.sha256(weights).hexdigest() != expected:
+        raise RepCodecError(f"{path}: these are not the weights that config.json describes; save or copy both again.")
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:

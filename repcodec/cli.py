@@ -75,6 +75,7 @@ def _extract(args: argparse.Namespace) -> None:
     from repcodec.extraction import extract, feature_folder
     from repcodec.manifest import Manifest
     from repcodec.speech_encoders import encoder_table, load_speech_encoder
+    from repcodec.tokenization import usable_device
 
     if args.encoder not in encoder_table():
         raise RepCodecError(f"--encoder {args.encoder}: no such speech encoder; known: {', '.join(encoder_table())}.")
@@ -82,21 +83,22 @@ def _extract(args: argparse.Namespace) -> None:
     if not (rank.isdecimal() and num_shards.isdecimal() and int(rank) < int(num_shards)):
         raise RepCodecError(f"--shard {args.shard}: expected I/N with 0 <= I < N, such as 0/4.")
     manifest, spec = Manifest.read(args.manifest), encoder_table()[args.encoder]
-    encoder = load_speech_encoder(spec, args.layer, args.model).to(args.device)
+    encoder = load_speech_encoder(spec, args.layer, args.model).to(usable_device(args.device))
     folder = feature_folder(args.root, args.encoder, encoder.layer, Path(args.manifest).stem)
-    extract(manifest, folder, spec, encoder, int(rank), int(num_shards))
+    extract(manifest, folder, spec, encoder, int(rank), int(num_shards), model=args.model)
     print(f"{folder}: shard {rank} of {num_shards} is there")
 
 
 def _tokenize(args: argparse.Namespace) -> None:
     from repcodec.manifest import Manifest
     from repcodec.shards import FeatureShards
-    from repcodec.tokenization import load_tokenizer, tokenize
+    from repcodec.tokenization import load_tokenizer, tokenize, usable_device
 
-    tokenizer = load_tokenizer(args.codec).to(args.device)
     shards = FeatureShards(args.features)
+    tokenizer = load_tokenizer(args.codec, shards).to(usable_device(args.device))
     if args.manifest:
         manifest = Manifest.read(args.manifest)
+        shards.check_manifest(manifest.paths, manifest.num_samples)
         names, root = list(manifest.paths), str(manifest.root)
     elif shards.names is not None:
         names, root = shards.names, shards.root

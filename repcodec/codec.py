@@ -238,7 +238,7 @@ class RepCodec(nn.Module):
 
         Args:
             codes: `NO_CODE` beyond an utterance's last code.
-            lengths: (B,) frames to keep of each row; without it every code gives `stride` frames.
+            lengths: (B,) frames of each row that are valid, zeros beyond; without it every code gives `stride` frames.
         """
         valid = (codes[:, 0] >= 0).sum(1)
         padded = None if (valid == codes.shape[-1]).all() else valid
@@ -269,7 +269,7 @@ class RepCodec(nn.Module):
                 lengths = torch.full((batch,), num_frames, device=features.device)
             x = nn.functional.pad(x, (0, 0, 0, short))
         if lengths is not None:
-            x = x * frame_mask(lengths, x.shape[1])[..., None]
+            x = x.masked_fill(~frame_mask(lengths, x.shape[1])[..., None], 0)
             lengths = (lengths + self.stride - 1) // self.stride * self.stride
         z, counts = self.encoder(x, lengths)
         if counts is None:
@@ -286,5 +286,5 @@ class RepCodec(nn.Module):
         if lengths is None and counts is not None:
             lengths = counts * self.stride
         if lengths is not None:
-            features = features * frame_mask(lengths, features.shape[1])[..., None].to(features.dtype)
+            features = features.masked_fill(~frame_mask(lengths, features.shape[1])[..., None], 0)
         return features

@@ -21,8 +21,8 @@ from repcodec.errors import RepCodecError
 from repcodec.labels import PhoneLabels
 from repcodec.shards import FeatureShards
 
-STATISTICS_FRAMES = 1_000_000
-"""Mean and scale of the training set are those of at most so many frames, evenly spaced over it."""
+SAMPLE_FRAMES = 200_000
+"""Mean and scale of the training set, and the k-means baseline, see at most so many frames, evenly spaced over it."""
 
 
 class Batch(NamedTuple):
@@ -64,7 +64,7 @@ class ShardDataset(Dataset):
 
     def __getitem__(self, places: Sequence[tuple[int, int]]) -> Batch:
         utterances = [utterance for utterance, _ in places]
-        num_frames = self.num_frames or max(1, int(self.shards.lengths[utterances].max()))
+        num_frames = max(1, int(self.shards.lengths[utterances].max())) if self.num_frames is None else self.num_frames
         features, lengths = self.shards.gather(utterances, [start for _, start in places], num_frames)
         return Batch(torch.from_numpy(features), torch.from_numpy(lengths), torch.tensor(utterances))
 
@@ -164,9 +164,12 @@ class ShardsDataModule(L.LightningDataModule):
             whole_frames: at most so many frames, padding included, in a batch of whole utterances.
 
         Raises:
-            RepCodecError: neither `root` nor `dir` is given.
+            RepCodecError: neither `root` nor `dir` is given, or a number is not positive.
         """
         super().__init__()
+        for name, value in (("batch_size", batch_size), ("crop", crop), ("whole_frames", whole_frames)):
+            if value < 1:
+                raise RepCodecError(f"data.{name}={value}: expected at least 1.")
         if dir is None and root is None:
             raise RepCodecError("data.root and data.dir are both unset: say where the feature shards lie.")
         self.dim, self.encoder, self.layer = dim, encoder, layer
@@ -188,7 +191,9 @@ class ShardsDataModule(L.LightningDataModule):
                 f"`repcodec extract {name}.tsv ROOT --encoder {self.encoder} --layer {self.layer}` and data.root=ROOT, "
                 "or name another folder of splits with data.dir."
             )
-        return FeatureShards(folder, self.dim)
+        shards = FeatureShards(folder, self.dim)
+        shards.check_source(self.encoder, self.layer)
+        return shards
 
     @cached_property
     def train(self) -> FeatureShards:
@@ -198,9 +203,11 @@ class ShardsDataModule(L.LightningDataModule):
     @cached_property
     def statistics(self) -> FeatureStatistics:
         """Mean and scale of the training split."""
-        frames = self.train.sample(STATISTICS_FRAMES)
+        frames = self.train.sample(SAMPLE_FRAMES)
         mean = frames.mean(0, dtype=np.float64)
-        scale = np.sqrt(np.mean((frames - mean) ** 2))
+        blocks = np.array_split(frames, -(-len(frames) // 8192))  # float64 of a block at a time, not of all
+        squares = sum(float(((block - mean) ** 2).sum()) for block in blocks)
+        scale = np.sqrt(squares / frames.size)
         return FeatureStatistics(torch.from_numpy(mean).float(), float(scale) or 1.0)
 
     @cached_property
@@ -213,7 +220,7 @@ class ShardsDataModule(L.LightningDataModule):
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def train_dataloader(self) -> ResumableLoader:
-        """Return random crops, in batches without end; an epoch takes every utterance about once."""
+        """Return random crops; an epoch takes every utterance about once, the next one goes on from there."""
         sampler = CropSampler(self.train.lengths, self.crop, self.batch_size, self.seed, *self._rank())
         return ResumableLoader(
             ShardDataset(self.train, self.crop), sampler=sampler, batch_size=None, num_workers=self.num_workers

@@ -4,6 +4,7 @@ The corpus is spoken by espeak-ng, which tells the exact time of every phone it 
 """
 
 import ctypes
+import hashlib
 import json
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -14,14 +15,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from repcodec.audio import SAMPLE_RATE, resample
+from repcodec.audio import SAMPLE_RATE, find_sound_files, resample
 from repcodec.data import ShardsDataModule
 from repcodec.demo_weights import convert_whisper_tiny_en
 from repcodec.errors import RepCodecError
 from repcodec.extraction import extract, make_manifest
 from repcodec.files import atomic_write
 from repcodec.manifest import Manifest, utterance_id
-from repcodec.shards import is_finished
 from repcodec.speech_encoders import encoder_table, load_speech_encoder
 
 SPLITS = ("train", "valid", "test")
@@ -296,13 +296,12 @@ class DemoDataModule(ShardsDataModule):
             build_corpus(self.corpus, self.corpus_seed)
         else:
             split_recordings(Path(self.audio), self.corpus, self.corpus_seed)
-        if all(is_finished(self.dir / split, 0, 1) for split in SPLITS):
-            return
         spec = encoder_table()[self.encoder]
-        encoder = load_speech_encoder(spec, self.layer, self.model or convert_whisper_tiny_en(self.cache))
+        model = self.model or convert_whisper_tiny_en(self.cache)
+        encoder = load_speech_encoder(spec, self.layer, model)
         for split in SPLITS:
             manifest = Manifest.read(self.corpus / f"{split}.tsv")
-            extract(manifest, self.dir / split, spec, encoder, description=f"Features, {split}")
+            extract(manifest, self.dir / split, spec, encoder, model=model, description=f"Features, {split}")
 
 
 def split_recordings(audio: Path, folder: Path, seed: int) -> None:
@@ -312,7 +311,9 @@ def split_recordings(audio: Path, folder: Path, seed: int) -> None:
         RepCodecError: fewer than ten files, or the folder holds another corpus.
     """
     audio = audio.expanduser().resolve()
-    about = {"audio": str(audio), "seed": seed}
+    files = find_sound_files(audio)
+    listing = "".join(f"{path.relative_to(audio).as_posix()}\t{path.stat().st_size}\n" for path in files)
+    about = {"audio": str(audio), "files_sha256": hashlib.sha256(listing.encode()).hexdigest(), "seed": seed}
     if is_made(folder, about):
         return
     manifest = make_manifest(audio)

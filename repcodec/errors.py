@@ -18,20 +18,21 @@ def user_message(error: BaseException) -> str | None:
 
     Looks through errors that wrap others (Hydra's when it makes an object), and through the traceback that a
     DataLoader worker makes of one. What the system refuses by name (a full disk, a folder that cannot be made)
-    counts too, and Hydra's own words about a wrong override.
+    counts too, as do Hydra's and Lightning's own words about a wrong option.
     """
+    # By name: this file is imported where neither Hydra nor Lightning must be.
+    making = type(error).__name__ == "InstantiationException"
+    if type(error).__module__ == "hydra.errors" and not making:
+        return str(error)
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, RepCodecError):
             return str(cause).rpartition("RepCodecError: ")[2].strip()
         if isinstance(cause, OSError) and cause.filename is not None:
-            return f"{cause.filename}: {cause.strerror}; choose a place you may write to, with room on it."
-        if isinstance(cause, ValueError) and cause is not error:
+            return f"{cause.filename}: {cause.strerror}."
+        if type(cause).__name__ == "MisconfigurationException" or (making and isinstance(cause, ValueError)):
             return str(cause)
         cause = cause.__cause__
-    # Hydra's are told by name: this file is imported where Hydra must not be.
-    if type(error).__module__ == "hydra.errors" and type(error).__name__ != "InstantiationException":
-        return str(error)
     return None
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from repcodec.checkpoint import read_config
-from repcodec.data import STATISTICS_FRAMES, ShardsDataModule
+from repcodec.data import SAMPLE_FRAMES, ShardsDataModule
 from repcodec.errors import RepCodecError
 from repcodec.kmeans import KMeansTokenizer
 from repcodec.labels import PhoneLabels
@@ -28,12 +28,12 @@ class Row:
         normalized_error: sum |x - x̂|² / sum |x - mean|², the mean being the training set's.
         perplexity: of the codes, over the whole split.
         used_share: share of the codes used in the split, 0 to 1.
-        corpus_used_share: the same over all splits together.
+        corpus_used_share: the same over all splits together; None where they were not run.
         bits_per_second: codes per second times log2 of the codebook size, over all codebooks.
         entropy_bits_per_second: codes per second times the entropy of the codes.
         codes_per_second: over all codebooks.
         pnmi, phone_purity: 0 to 1; None without phone labels.
-        valid_normalized_error: normalized_error of the validation split.
+        valid_normalized_error: normalized_error of the validation split; None where it was not run.
         num_codebooks, codebook_size: K and V.
     """
 
@@ -41,13 +41,13 @@ class Row:
     normalized_error: float
     perplexity: float
     used_share: float
-    corpus_used_share: float
+    corpus_used_share: float | None
     bits_per_second: float
     entropy_bits_per_second: float
     codes_per_second: float
     pnmi: float | None
     phone_purity: float | None
-    valid_normalized_error: float
+    valid_normalized_error: float | None
     num_codebooks: int
     codebook_size: int
 
@@ -82,6 +82,7 @@ def fit_kmeans(data: ShardsDataModule, codebook_size: int, folder: Path) -> KMea
         "layer": data.layer,
         "features": str(data.dir),
         "frames": int(data.train.lengths.sum()),
+        "manifest_sha256": data.train.manifest_sha256,
         "seed": data.seed,
     }
     if (folder / "config.json").exists() and about.items() <= read_config(folder).items():
@@ -89,7 +90,7 @@ def fit_kmeans(data: ShardsDataModule, codebook_size: int, folder: Path) -> KMea
     # Centred and scaled like the codec's features: distances keep their order, and a codec that starts from k-means
     # starts from these very codes.
     mean, scale = data.statistics.mean, data.statistics.scale
-    frames = (torch.from_numpy(data.train.sample(STATISTICS_FRAMES)) - mean) / torch.tensor(scale)
+    frames = (torch.from_numpy(data.train.sample(SAMPLE_FRAMES)) - mean) / torch.tensor(scale)
     print(f"Fitting k-means of {codebook_size} codes to {len(frames):,} frames …", flush=True)
     centroids = torch.from_numpy(fit_centroids(frames.numpy(), codebook_size, data.seed))
     tokenizer = KMeansTokenizer(centroids * scale + mean)
@@ -98,45 +99,50 @@ def fit_kmeans(data: ShardsDataModule, codebook_size: int, folder: Path) -> KMea
 
 
 @torch.inference_mode()
-def evaluate(tokenizer: Tokenizer, name: str, data: ShardsDataModule, split: str = "test") -> Result:
+def evaluate(
+    tokenizer: Tokenizer, name: str, data: ShardsDataModule, split: str = "test", corpus: bool = False
+) -> Result:
     """Measure a tokenizer on a split.
 
     Args:
-        tokenizer: a codec or a k-means model.
+        tokenizer: a codec or a k-means model, on its device.
         name: what tables call it.
-        data: the feature set; its training split gives the mean, all its splits the codes used.
+        data: the feature set; its training split gives the mean.
         split: which split the figures are of.
+        corpus: whether to run over all splits that there are, for the codes used in them together.
 
     Raises:
-        RepCodecError: the tokenizer takes another width, or labels and features share no utterance.
+        RepCodecError: there is no such split, the tokenizer takes another width, or labels and features share no
+            utterance.
     """
     if tokenizer.dim != data.dim:
         raise RepCodecError(
             f"{name} takes features of width {tokenizer.dim}, but {data.dir} holds width {data.dim}; "
             "choose the encoder it was trained on with encoder=…"
         )
-    splits = {other: data.split(other) for other in ("train", "valid", "test")}
-    corpus_usage = CodeUsage(tokenizer.num_codebooks, tokenizer.codebook_size)
+    splits = {split: data.split(split)}
+    if corpus:
+        others = [other for other in ("train", "valid", "test") if other != split and (data.dir / other).is_dir()]
+        splits |= {other: data.split(other) for other in others}
     passes = {other: _run(tokenizer, shards, data, f"{name}, {other}") for other, shards in splits.items()}
-    for measured in passes.values():
-        corpus_usage.counts += measured.usage.counts
+    used = torch.stack([measured.usage.counts for measured in passes.values()]).sum(0) > 0
     shards, measured = splits[split], passes[split]
-    usage = {key: float(value) for key, value in measured.usage.compute().items()}
+    usage = {key: float(value) for key, value in measured.usage.compute().items() if value.ndim == 0}
     codes_per_second = (shards.frame_rate or 50) / tokenizer.stride
     agreement = _phone_agreement(data.phone_labels, measured.codes, shards, tokenizer)
-    phones = {key: float(value) for key, value in agreement.compute().items()} if agreement else {}
+    phones = {key: float(value) for key, value in agreement.compute().items()} if agreement is not None else {}
     row = Row(
         name=name,
         normalized_error=float(measured.error.compute()),
         perplexity=usage["perplexity"],
         used_share=usage["used_share"],
-        corpus_used_share=float(torch.gt(corpus_usage.counts, 0).double().mean()),
+        corpus_used_share=float(used.double().mean()) if corpus else None,
         bits_per_second=codes_per_second * tokenizer.num_codebooks * float(np.log2(tokenizer.codebook_size)),
         entropy_bits_per_second=codes_per_second * usage["entropy_bits"],
         codes_per_second=codes_per_second * tokenizer.num_codebooks,
         pnmi=phones.get("pnmi"),
         phone_purity=phones.get("phone_purity"),
-        valid_normalized_error=float(passes["valid"].error.compute()),
+        valid_normalized_error=float(passes["valid"].error.compute()) if "valid" in passes else None,
         num_codebooks=tokenizer.num_codebooks,
         codebook_size=tokenizer.codebook_size,
     )
@@ -155,13 +161,14 @@ class _Pass:
 def _run(tokenizer: Tokenizer, shards: FeatureShards, data: ShardsDataModule, description: str) -> _Pass:
     error = NormalizedError(data.statistics.mean)
     usage = CodeUsage(tokenizer.num_codebooks, tokenizer.codebook_size)
+    device = next(tokenizer.buffers()).device
     kept = []
     for utterance, codes in enumerate(encode_shards(tokenizer, shards, description)):
         kept.append(codes)
         if codes.shape[1] == 0:
             continue
         features = utterance_features(shards, utterance)
-        reconstruction = tokenizer.decode(codes[None])[:, : features.shape[1]]
+        reconstruction = tokenizer.decode(codes[None].to(device))[:, : features.shape[1]].cpu()
         error.update(reconstruction, features, torch.ones(features.shape[:2], dtype=torch.bool))
         usage.update(codes[None])
     return _Pass(kept, usage, error)
@@ -170,18 +177,27 @@ def _run(tokenizer: Tokenizer, shards: FeatureShards, data: ShardsDataModule, de
 def _phone_agreement(
     labels: PhoneLabels | None, codes: list[Tensor], shards: FeatureShards, tokenizer: Tokenizer
 ) -> PhoneAgreement | None:
-    """Count phones against codes; None without labels or where the shards do not name their utterances."""
+    """Count phones against codes; None without labels.
+
+    Raises:
+        RepCodecError: the shards do not name their utterances, or no label is of one of them, or one is of several.
+    """
     if labels is None:
         return None
     if shards.names is None or shards.frame_rate is None:
         raise RepCodecError(f"{shards.folder}: no .json names the utterances, so phone labels cannot be matched.")
     ids = [utterance_id(name) for name in shards.names]
-    matched = [i for i, utterance in enumerate(ids) if utterance in labels]
-    if not matched:
-        raise RepCodecError(f"{shards.folder}: no utterance has phone labels; the first is {ids[0]!r}.")
+    keys = [labels.key(utterance) for utterance in ids]
+    matched = [key for key in keys if key is not None]
+    if len(set(matched)) < len(matched):
+        twice = next(key for key in matched if matched.count(key) > 1)
+        raise RepCodecError(f"{shards.folder}: the labels of {twice!r} fit several utterances; use paths as ids.")
     agreement = PhoneAgreement(len(labels.phones), tokenizer.codebook_size)
-    for i in matched:
-        code_rate = shards.frame_rate / tokenizer.stride
-        phones = labels.frames(ids[i], codes[i].shape[1], code_rate)
-        agreement.update(torch.from_numpy(phones), codes[i][0])
+    code_rate = shards.frame_rate / tokenizer.stride
+    for utterance, key in enumerate(keys):
+        if key is not None:
+            phones = labels.frames(key, codes[utterance].shape[1], code_rate)
+            agreement.update(torch.from_numpy(phones), codes[utterance][0])
+    if agreement.joint.sum() == 0:
+        raise RepCodecError(f"{shards.folder}: no frame has a phone label; the first utterance is {ids[0]!r}.")
     return agreement

@@ -38,6 +38,7 @@ def extract(
     encoder: SpeechEncoder,
     rank: int = 0,
     num_shards: int = 1,
+    model: Path | str | None = None,
     description: str = "Extracting features",
 ) -> None:
     """Write shard `rank` of `num_shards` of a manifest's features; a finished shard of the same is left as it is.
@@ -47,6 +48,7 @@ def extract(
         folder: where the shard goes.
         spec: the row of the encoder table, for the shard's description.
         encoder: the speech encoder, on its device.
+        model: where its weights came from, if not from the table's hub id.
         description: what the progress bar says.
 
     Raises:
@@ -57,6 +59,7 @@ def extract(
     about = {
         "encoder": spec.name,
         "layer": encoder.layer,
+        "model": str(model or spec.model),
         "dim": encoder.dim,
         "frame_rate": encoder.frame_rate,
         "dtype": "float32",

@@ -35,12 +35,10 @@ class PhoneLabels:
     def __len__(self) -> int:
         return len(self._segments)
 
-    def __contains__(self, utterance: str) -> bool:
-        return self._find(utterance) is not None
-
-    def _find(self, utterance: str):
+    def key(self, utterance: str) -> str | None:
+        """Return under which id the labels of an utterance stand: its own or its stem, None where there are none."""
         # Corpora name their labels by the file's stem, also where the sound lies in folders.
-        return self._segments.get(utterance) or self._segments.get(PurePosixPath(utterance).name)
+        return next((name for name in (utterance, PurePosixPath(utterance).name) if name in self._segments), None)
 
     def frames(self, utterance: str, num_frames: int, frame_rate: float) -> np.ndarray:
         """Return the phone at the centre of each frame.
@@ -53,10 +51,10 @@ class PhoneLabels:
         Returns:
             (T,) int64 phone indices, `UNLABELLED` where no segment covers the centre.
         """
-        found = self._find(utterance)
-        if found is None:
+        key = self.key(utterance)
+        if key is None:
             return np.full(num_frames, UNLABELLED)
-        starts, ends, phones = found
+        starts, ends, phones = self._segments[key]
         frames = np.full(num_frames, UNLABELLED)
         centres = (np.arange(num_frames) + 0.5) / frame_rate
         # In order of their starts: where segments overlap, the later one has its frames.

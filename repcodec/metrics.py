@@ -21,7 +21,7 @@ def reconstruction_loss(prediction: Tensor, target: Tensor, mask: Tensor, kind: 
         kind: "l1" or "l2".
     """
     dtype = torch.promote_types(target.dtype, torch.float32)
-    difference = (prediction.to(dtype) - target.to(dtype)) * mask[..., None]
+    difference = (prediction.to(dtype) - target.to(dtype)).masked_fill(~mask[..., None], 0)
     total = difference.abs().sum() if kind == "l1" else difference.square().sum()
     return total / (mask.sum().clamp(min=1) * target.shape[-1])
 
@@ -51,7 +51,7 @@ class NormalizedError(Metric):
         self.variation = self.variation + (features - self.mean).square().sum()
 
     def compute(self) -> Tensor:
-        """Return the scalar; infinite when nothing varied."""
+        """Return the scalar; not finite when nothing varied."""
         return self.error / self.variation
 
 
@@ -74,7 +74,7 @@ class CodeUsage(Metric):
         )
 
     def compute(self) -> dict[str, Tensor]:
-        """Return scalars, averaged over codebooks.
+        """Return scalars, averaged over codebooks, and the counts (K, V) of all ranks.
 
         perplexity: e to the entropy of the codes; used_share: share of codes used at all;
         entropy_bits: bits a frame, summed over codebooks.
@@ -85,6 +85,7 @@ class CodeUsage(Metric):
             "perplexity": entropy.exp().mean(),
             "used_share": torch.gt(self.counts, 0).double().mean(),
             "entropy_bits": entropy.sum() / math.log(2),
+            "counts": self.counts,
         }
 
 

@@ -10,13 +10,18 @@ from torch.optim import Optimizer
 
 from repcodec.codec import CodecOutput, RepCodec
 from repcodec.data import Batch
+from repcodec.errors import RepCodecError
 from repcodec.metrics import CodeUsage, NormalizedError, reconstruction_loss
 from repcodec.quantizers import sum_over_ranks
 from repcodec.stacks import frame_mask
 
 
 class CodecModule(L.LightningModule):
-    """Trains a codec: reconstruction and commitment losses over valid frames, codebook updates of its own."""
+    """Trains a codec: reconstruction and commitment losses over valid frames, codebook updates of its own.
+
+    Attributes:
+        valid_counts: (K, V) frames a code, of the last validation and all ranks.
+    """
 
     def __init__(
         self,
@@ -49,6 +54,7 @@ class CodecModule(L.LightningModule):
         self.train_usage = CodeUsage(codec.num_codebooks, codec.codebook_size)
         self.valid_usage = CodeUsage(codec.num_codebooks, codec.codebook_size)
         self.valid_error: NormalizedError
+        self.valid_counts: Tensor
 
     def setup(self, stage: str) -> None:
         """Make the metric that needs the training set's mean."""
@@ -76,8 +82,17 @@ class CodecModule(L.LightningModule):
         return losses, output
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the loss of a batch."""
+        """Return the loss of a batch; under gradient accumulation each batch weighs the same.
+
+        Raises:
+            RepCodecError: the loss is not finite.
+        """
         losses, output = self._losses(batch)
+        if not torch.isfinite(losses["loss"]):
+            raise RepCodecError(
+                f"step {self.global_step}: the loss is {float(losses['loss'])}, the run has diverged: "
+                "lower optimizer.lr, or start from k-means (callbacks=kmeans_start)."
+            )
         self.train_usage.update(output.quantizer.codes)
         self.log_dict(
             {f"train/{name}": loss.detach() for name, loss in losses.items()}, batch_size=len(batch.lengths),
@@ -106,15 +121,18 @@ class CodecModule(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the metrics: of the validation set, and the use of codes in training since the last validation."""
         error = self.valid_error.compute()
-        self.log("valid/normalized_error", error)
-        self.log("valid_error", error, prog_bar=True, logger=False)
+        self.log("valid/normalized_error", error, sync_dist=True)
+        self.log("valid_error", error, prog_bar=True, logger=False, sync_dist=True)
         usages = {"valid": self.valid_usage}
         # Every rank computes or none: a rank may hold no validation utterance, but all are at the same step.
         if self.global_step > 0:
             usages["train"] = self.train_usage
         for prefix, usage in usages.items():
-            for name, value in usage.compute().items():
-                self.log(f"{prefix}/{name}", value)
+            values = usage.compute()
+            counts = values.pop("counts")
+            if prefix == "valid":
+                self.valid_counts = counts
+            self.log_dict({f"{prefix}/{name}": value for name, value in values.items()}, sync_dist=True)
         self.train_usage.reset()
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:

@@ -64,7 +64,7 @@ class Quantizer(nn.Module):
         raise NotImplementedError
 
     def start(self, z: Tensor, seed: int) -> None:
-        """Place the first codes on the vectors z (N, C) of this rank; every rank gets the same codes."""
+        """Place the first codes on the vectors z (N, C) of rank 0; every rank gets the same codes."""
         raise NotImplementedError
 
     def config(self) -> dict:
@@ -174,7 +174,7 @@ class EMACodebook(nn.Module):
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the codes by the frames noted on all ranks; without a single one nothing moves."""
+        """Move the codes by the frames noted on all ranks; without one, or with one not finite, nothing moves."""
         if not self._pending:
             z, codes = self.codes[:0], torch.empty(0, dtype=torch.int64, device=self.codes.device)
         else:
@@ -184,7 +184,8 @@ class EMACodebook(nn.Module):
         sums = torch.zeros_like(self.sums).index_add_(0, codes, z)
         sum_over_ranks(counts)
         sum_over_ranks(sums)
-        if counts.sum() == 0:
+        # Nothing to learn from, or an overflow of half precision, whose step the optimizer skips too.
+        if counts.sum() == 0 or not torch.isfinite(sums).all():
             return
         self.counts.mul_(self.decay).add_(counts, alpha=1 - self.decay)
         self.sums.mul_(self.decay).add_(sums, alpha=1 - self.decay)
@@ -306,21 +307,22 @@ class EMAQuantizer(Quantizer):
 
     @torch.no_grad()
     def start(self, z: Tensor, seed: int) -> None:
-        """Place the codes by k-means over the vectors z (N, C) of all ranks, codebook after codebook."""
-        residual = gather_rows(z.to(self._books()[0].codes))
+        """Place the codes by k-means over rank 0's vectors z (N, C), codebook after codebook; all ranks get them."""
+        ranked = dist.is_available() and dist.is_initialized()
+        first = not ranked or dist.get_rank() == 0
+        residual = z.to(self._books()[0].codes)
         for codebook in self._books():
-            if not dist.is_initialized() or dist.get_rank() == 0:
-                centroids = torch.from_numpy(fit_centroids(residual.cpu().numpy(), self.codebook_size, seed))
-                centroids = centroids.to(residual)
-            else:
-                centroids = torch.empty_like(codebook.codes)
-            if dist.is_initialized():
+            centroids, counts = torch.empty_like(codebook.codes), torch.empty_like(codebook.counts)
+            if first:
+                centroids.copy_(torch.from_numpy(fit_centroids(residual.cpu().numpy(), self.codebook_size, seed)))
+                codes = nearest_code(residual, centroids)
+                # A code that no frame chose counts one all the same, or its first update would move it to the origin.
+                counts.copy_(torch.bincount(codes, minlength=self.codebook_size).clamp(min=1))
+                residual = residual - centroids[codes]
+            if ranked:
                 dist.broadcast(centroids, src=0)
-            codes = nearest_code(residual, centroids)
-            counts = torch.bincount(codes, minlength=self.codebook_size).to(residual)
-            # A code nobody uses would count 0 and leave its place at the first update.
-            codebook.place(centroids, counts / counts.mean().clamp(min=1e-9))
-            residual = residual - centroids[codes]
+                dist.broadcast(counts, src=0)
+            codebook.place(centroids, counts / counts.mean())
 
     def _valid(self, z: Tensor, mask: Tensor) -> Tensor:
         """Return the valid frames (N, C) in the codebook's precision, whatever autocast says."""

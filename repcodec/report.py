@@ -101,12 +101,17 @@ def write_report(
 
 
 def read_curve(logs: Path) -> list[tuple[int, float]]:
-    """Return (step, normalized error) of every validation in the metrics.csv files below a run's logs."""
-    points = {}
+    """Return (step, normalized error) of every validation in the metrics.csv files below a run's logs.
+
+    A resumed run goes on in a file of its own; one that begins at step 0 makes those before it void.
+    """
+    points: dict[int, float] = {}
     for path in sorted(logs.glob("version_*/metrics.csv"), key=lambda path: path.stat().st_mtime):
         with open(path, encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
                 if row.get("valid/normalized_error"):
+                    if row["step"] == "0":
+                        points.clear()
                     points[int(row["step"])] = float(row["valid/normalized_error"])
     return sorted(points.items())
 
@@ -149,6 +154,8 @@ def _curve_plot(curve: list[tuple[int, float]], results: list[Result]) -> bytes:
     figure, axes = _figure(7.5, 3.6)
     axes.plot(*zip(*curve, strict=True), marker="o", markersize=3, label="codec in training")
     for i, result in enumerate(results):
+        if result.row.valid_normalized_error is None:
+            continue
         axes.axhline(result.row.valid_normalized_error, linestyle="--", color=f"C{i + 1}", label=result.row.name)
     axes.set_xlabel("step")
     axes.set_ylabel("normalized error")

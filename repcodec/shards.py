@@ -139,6 +139,7 @@ class FeatureShards:
         names: relative path of each utterance, or None where the shards have no .json.
         root: the audio root, "" where the shards have no .json.
         frame_rate: frames per second, None where the shards have no .json.
+        manifest_sha256: hash of the manifest they were made from, None where the shards have no .json.
     """
 
     def __init__(self, folder: Path | str, dim: int | None = None):
@@ -173,9 +174,52 @@ class FeatureShards:
         self.names = [name for s in self._shards for name in s.about["utterances"]] if described else None
         self.root = first.about.get("root", "")
         self.frame_rate = first.about.get("frame_rate")
+        self.manifest_sha256 = first.about.get("manifest_sha256")
+        self._source = first.about.get("encoder"), first.about.get("layer")
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def __reduce__(self) -> tuple:
+        """Reopen the files in another process instead of copying their rows there."""
+        return FeatureShards, (self.folder, self.dim)
+
+    def check_source(self, encoder: str | None, layer: int | None) -> None:
+        """Refuse features of another speech encoder or layer; shards without a .json, or None, are not compared.
+
+        Raises:
+            RepCodecError: they differ.
+        """
+        for name, found, expected in zip(("speech encoder", "layer"), self._source, (encoder, layer), strict=True):
+            if found is not None and expected is not None and found != expected:
+                raise RepCodecError(
+                    f"{self.folder}: features of {name} {found}, expected {expected}; choose other features, or the "
+                    "encoder=… and layer=… they are of."
+                )
+
+    def check_manifest(self, names: Sequence[str], num_samples: Sequence[int]) -> None:
+        """Refuse a manifest that does not list these utterances in this order.
+
+        Shards that name their utterances are compared by name, others by length, at 320 samples a frame.
+
+        Raises:
+            RepCodecError: names the first utterance that differs.
+        """
+        if len(names) != len(self):
+            raise RepCodecError(f"{self.folder}: {len(self)} utterances, but the manifest lists {len(names)}.")
+        for i, (name, samples) in enumerate(zip(names, num_samples, strict=True)):
+            # An encoder's convolutions take up to two frames from each chunk's end.
+            slack = 2 + 2 * (samples // 1_600_000)
+            if self.names is not None and self.names[i] != name:
+                found = f"is {self.names[i]}"
+            elif abs(samples / 320 - self.lengths[i]) > slack:
+                found = f"has {self.lengths[i]} frames, not about {samples // 320}"
+            else:
+                continue
+            raise RepCodecError(
+                f"{self.folder}: utterance {i} {found}, where the manifest lists {name}; give the manifest that the "
+                "features were made from."
+            )
 
     def where(self, utterance: int) -> str:
         """Say in words which utterance this is, for messages."""

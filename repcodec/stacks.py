@@ -23,7 +23,8 @@ def masked(x: Tensor, lengths: Tensor | None) -> Tensor:
     """Zero the frames of x (B, C, T) beyond `lengths`; None says that all are valid."""
     if lengths is None:
         return x
-    return x * frame_mask(lengths, x.shape[-1])[:, None].to(x.dtype)
+    # Filled, not multiplied: what stands in the padding may be NaN.
+    return x.masked_fill(~frame_mask(lengths, x.shape[-1])[:, None], 0)
 
 
 def _same_conv(

@@ -19,17 +19,40 @@ Tokenizer = RepCodec | KMeansTokenizer
 """What turns features into codes and back; evaluation and tokenizing know only the contract they share."""
 
 
-def load_tokenizer(folder: Path | str) -> Tokenizer:
+def load_tokenizer(folder: Path | str, shards: FeatureShards) -> Tokenizer:
     """Load a saved codec or k-means model, whichever the folder's config.json says.
 
+    Args:
+        folder: where it is saved.
+        shards: what it shall tokenize.
+
     Raises:
-        RepCodecError: the folder holds neither.
+        RepCodecError: the folder holds neither, or one trained on features of another width, encoder or layer.
     """
     kinds: dict[str, type[Tokenizer]] = {"repcodec": RepCodec, "kmeans": KMeansTokenizer}
-    kind = read_config(folder)["kind"]
-    if kind not in kinds:
-        raise RepCodecError(f'{folder}/config.json: "kind" is {kind!r}, expected {" or ".join(kinds)}.')
-    return kinds[kind].from_pretrained(folder)
+    config = read_config(folder)
+    if config["kind"] not in kinds:
+        raise RepCodecError(f'{folder}/config.json: "kind" is {config["kind"]!r}, expected {" or ".join(kinds)}.')
+    tokenizer = kinds[config["kind"]].from_pretrained(folder)
+    if tokenizer.dim != shards.dim:
+        raise RepCodecError(
+            f"{shards.folder}: the features have width {shards.dim}, but {folder} takes {tokenizer.dim}; "
+            "extract them with the speech encoder it was trained on."
+        )
+    shards.check_source(config.get("encoder"), config.get("layer"))
+    return tokenizer
+
+
+def usable_device(name: str) -> torch.device:
+    """Return a torch device.
+
+    Raises:
+        RepCodecError: there is no such device here.
+    """
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise RepCodecError(f"device {name}: not usable here ({str(error).splitlines()[0]}); cpu always is.") from error
 
 
 def label(tokenizer: Tokenizer) -> str:
@@ -74,16 +97,11 @@ def tokenize(tokenizer: Tokenizer, shards: FeatureShards, path: Path | str, name
         root: the audio root, the file's first line.
 
     Raises:
-        RepCodecError: several codebooks, another width, names that do not fit, bad features, or an unwritable file.
+        RepCodecError: several codebooks, names that do not fit, bad features, or an unwritable file.
     """
     if tokenizer.num_codebooks > 1:
         raise RepCodecError(
             f"the codec has {tokenizer.num_codebooks} codebooks, but a tokens file holds one; use a codec of one."
-        )
-    if tokenizer.dim != shards.dim:
-        raise RepCodecError(
-            f"{shards.folder}: the features have width {shards.dim}, but the codec takes {tokenizer.dim}; "
-            "extract them with the speech encoder the codec was trained on."
         )
     if len(names) != len(shards):
         raise RepCodecError(f"{shards.folder}: {len(shards)} utterances, but {len(names)} names in the manifest.")

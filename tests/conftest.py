@@ -18,15 +18,15 @@ FAST_CODEC = ["encoder.dim=8", "quantizer.codebook_size=16"]
 
 
 def write_split(
-    folder: Path, lengths: list[int], dim: int = DIM, seed: int = 0, num_shards: int = 1
+    folder: Path, lengths: list[int], dim: int = DIM, seed: int = 0, num_shards: int = 1, **more
 ) -> list[np.ndarray]:
-    """Write smooth random features of the lengths given; return them."""
+    """Write smooth random features of the lengths given; return them. `more` goes into the .json."""
     rng = np.random.default_rng(seed)
     utterances = [np.cumsum(rng.normal(size=(n, dim)), 0).astype(np.float32) / 3 for n in lengths]
     cuts = [round(len(lengths) / num_shards * rank) for rank in range(num_shards + 1)]
     for rank in range(num_shards):
         names = [f"spk/utt{i}.wav" for i in range(cuts[rank], cuts[rank + 1])]
-        about = {"root": "/audio", "frame_rate": 50, "utterances": names}
+        about = {"root": "/audio", "frame_rate": 50, "utterances": names, **more}
         with write_shard(folder, rank, num_shards, dim, about) as shard:
             for name, i in zip(names, range(cuts[rank], cuts[rank + 1]), strict=True):
                 shard.append(name, utterances[i])

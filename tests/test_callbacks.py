@@ -2,7 +2,7 @@ import lightning as L
 import pytest
 import torch
 
-from repcodec.callbacks import CodecStart, SaveCodec, ValidateFirst
+from repcodec.callbacks import CodecStart, SaveCodec, ValidateEnds
 from repcodec.codec import RepCodec
 from repcodec.data import ShardsDataModule
 from repcodec.module import CodecModule
@@ -39,13 +39,14 @@ def fit(splits, *callbacks, steps=4, codec=None):
     return watch, module, data
 
 
-def test_validation_comes_before_the_first_step(splits):
-    assert [step for step, _ in fit(splits, ValidateFirst())[0].validated] == [0, 2, 4]
-    assert [step for step, _ in fit(splits)[0].validated] == [2, 4]
+def test_validation_comes_before_the_first_step_and_after_the_last(splits):
+    assert [step for step, _ in fit(splits, ValidateEnds())[0].validated] == [0, 2, 4]
+    assert [step for step, _ in fit(splits, ValidateEnds(), steps=5)[0].validated] == [0, 2, 4, 5]
+    assert [step for step, _ in fit(splits, steps=5)[0].validated] == [2, 4]
 
 
 def test_validation_before_the_first_step_changes_no_training(splits):
-    one, other = (fit(splits, *callbacks)[1].state_dict() for callbacks in ([ValidateFirst()], []))
+    one, other = (fit(splits, *callbacks)[1].state_dict() for callbacks in ([ValidateEnds()], []))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -70,10 +71,15 @@ def test_start_takes_no_more_frames_than_asked(splits, monkeypatch):
     assert seen == [50]
 
 
+def test_histogram_counts_the_frames_of_the_validation_set(splits):
+    _, module, data = fit(splits, ValidateEnds())
+    assert int(module.valid_counts.sum()) == data.split("valid").lengths.sum()
+
+
 def test_saved_codec_is_that_of_the_best_validation(splits, tmp_path):
     saver = SaveCodec(str(tmp_path / "codec"), "hubert_base", 9, 50)
-    watch, _, _ = fit(splits, ValidateFirst(), saver, steps=8)
-    best = min(error for _, error in watch.validated)
+    watch, _, _ = fit(splits, ValidateEnds(), saver, steps=8)
+    best = min(error for step, error in watch.validated if step > 0)
     assert saver.best == best
     from repcodec.checkpoint import read_config
 

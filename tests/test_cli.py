@@ -41,15 +41,28 @@ def test_shards_made_elsewhere_take_their_names_from_the_manifest(tmp_path, caps
     command = ["tokenize", str(tmp_path / "codec"), str(tmp_path / "test"), "-o", str(tmp_path / "out.tokens")]
     assert main(command) == 1
     assert "give --manifest" in capsys.readouterr().err
+    (tmp_path / "test.tsv").write_text("/data\na.flac\t1600\nb.flac\t9600\n")
+    assert main([*command, "--manifest", str(tmp_path / "test.tsv")]) == 1
+    assert "utterance 1 has 6 frames, not about 30" in capsys.readouterr().err
     (tmp_path / "test.tsv").write_text("/data\na.flac\t1600\nb.flac\t1920\n")
     assert main([*command, "--manifest", str(tmp_path / "test.tsv")]) == 0
     assert (tmp_path / "out.tokens").read_text().splitlines()[0] == "/data"
 
 
+def test_manifest_in_another_order_is_refused(tmp_path, capsys):
+    write_split(tmp_path / "test", [5, 5])
+    RepCodec(8, codebook_size=4).save_pretrained(tmp_path / "codec")
+    (tmp_path / "test.tsv").write_text("/data\nspk/utt1.wav\t1600\nspk/utt0.wav\t1600\n")
+    command = ["tokenize", str(tmp_path / "codec"), str(tmp_path / "test"), "-o", str(tmp_path / "out.tokens")]
+    assert main([*command, "--manifest", str(tmp_path / "test.tsv")]) == 1
+    assert "utterance 0 is spk/utt0.wav, where the manifest lists spk/utt1.wav" in capsys.readouterr().err
+    assert not (tmp_path / "out.tokens").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["tokenize", "nowhere", "nowhere", "-o", "x"], "nowhere/config.json does not exist"),
+        (["tokenize", "nowhere", "nowhere", "-o", "x"], "nowhere: no such folder of feature shards"),
         (["manifest", "nowhere", "-o", "x"], "nowhere is not a folder"),
         (["extract", "m.tsv", "out", "--encoder", "hubert_huge"], "known: data2vec_base, data2vec_large, hubert_base"),
         (["extract", "m.tsv", "out", "--encoder", "hubert_base", "--shard", "3/3"], "expected I/N with 0 <= I < N"),

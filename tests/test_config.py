@@ -10,6 +10,8 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from repcodec.data import ShardsDataModule
+
 CONF = Path(__file__).parent.parent / "conf"
 OPTIONS = [
     (path.parent.name, path.stem)
@@ -50,7 +52,11 @@ def check_arguments(node):
         instantiate(node)
         return
     signature = inspect.signature(get_object(node._target_))
-    if node.get("_partial_"):
+    if node._target_ == "repcodec.demo.DemoDataModule":  # hands its other options on
+        signature.bind(**dict.fromkeys(arguments))
+        known = {*signature.parameters, *inspect.signature(ShardsDataModule).parameters}
+        assert set(arguments) <= known
+    elif node.get("_partial_"):
         signature.bind_partial(**dict.fromkeys(arguments))
     else:
         signature.bind(**dict.fromkeys(arguments))

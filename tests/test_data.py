@@ -1,3 +1,6 @@
+import copy
+import pickle
+
 import lightning as L
 import numpy as np
 import pytest
@@ -125,6 +128,25 @@ def test_start_batches_cover_the_training_split(splits):
     seen = [int(u) for batch in module(splits, whole_frames=60).start_dataloader() for u in batch.utterances]
     assert sorted(seen) == list(range(8))
     assert isinstance(module(splits), L.LightningDataModule)
+
+
+def test_features_of_another_encoder_or_layer_are_refused(tmp_path):
+    write_split(tmp_path / "train", [9], encoder="whisper_tiny_en", layer=3)
+    for encoder, layer, found in (("hubert_base", 3, "speech encoder whisper"), ("whisper_tiny_en", 2, "layer 3")):
+        with pytest.raises(RepCodecError, match=f"features of {found}"):
+            ShardsDataModule(dim=8, encoder=encoder, layer=layer, dir=str(tmp_path)).split("train")
+
+
+@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"crop": 0}, {"whole_frames": -1}])
+def test_numbers_that_are_not_positive_are_refused(splits, wrong):
+    with pytest.raises(RepCodecError, match=r"data\.\w+=-?\d: expected at least 1"):
+        module(splits, **wrong)
+
+
+def test_another_process_reopens_the_files_instead_of_copying_them(splits):
+    shards = FeatureShards(splits / "train")
+    assert len(pickle.dumps(shards)) < 500
+    assert np.array_equal(copy.copy(shards).features(3), shards.features(3))
 
 
 def test_float16_shards_give_float32_batches(tmp_path):

@@ -1,5 +1,6 @@
 import hashlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -38,11 +39,16 @@ def test_another_seed_is_another_corpus_and_not_taken_for_this_one(tmp_path):
         build_corpus(tmp_path / "one", 1, FEW)
 
 
-def test_splits_share_no_voice_and_no_sentence():
+def test_splits_share_no_voice_and_no_sentence(tmp_path):
     voices = [voice for split in VOICES.values() for voice in split]
     assert len(set(voices)) == len(voices)
-    text = (demo.Path(demo.__file__).parent / "demo_sentences.txt").read_text().splitlines()
+    text = (Path(demo.__file__).parent / "demo_sentences.txt").read_text().splitlines()
     assert len(set(text)) == len(text) == sum(SENTENCES.values())
+    build_corpus(tmp_path, 0, FEW)
+    spoken = {split: Manifest.read(tmp_path / f"{split}.tsv").paths for split in FEW}
+    assert {split: len(paths) for split, paths in spoken.items()} == FEW
+    for split, paths in spoken.items():
+        assert {path.split("/")[0] for path in paths} <= set(VOICES[split])
 
 
 def test_labels_cover_the_sound_without_gaps(tmp_path):
@@ -125,8 +131,9 @@ def test_too_few_recordings_or_another_folder_is_one_sentence(tmp_path):
         split_recordings(tmp_path / "audio", tmp_path / "corpus", 0)
     recordings(tmp_path / "audio", 10)
     split_recordings(tmp_path / "audio", tmp_path / "corpus", 0)
-    with pytest.raises(RepCodecError, match=r"another corpus.*audio"):
-        split_recordings(tmp_path / "elsewhere", tmp_path / "corpus", 0)
+    recordings(tmp_path / "audio", 11)
+    with pytest.raises(RepCodecError, match=r"another corpus \(files_sha256 differs\)"):
+        split_recordings(tmp_path / "audio", tmp_path / "corpus", 0)
 
 
 def test_another_encoder_needs_a_model(tmp_path):

@@ -32,7 +32,7 @@ def frames(splits, split):
 def test_figures_of_kmeans_by_hand(splits, labels):
     torch.manual_seed(0)
     tokenizer = KMeansTokenizer(torch.randn(6, DIM) * 3)
-    result = evaluate(tokenizer, "k", module(splits, labels))
+    result = evaluate(tokenizer, "k", module(splits, labels), corpus=True)
     x, mean = frames(splits, "test"), frames(splits, "train").astype(np.float64).mean(0)
     centroids = tokenizer.centroids.numpy()
     codes = ((x[:, None] - centroids) ** 2).sum(-1).argmin(1)
@@ -76,13 +76,37 @@ def test_strided_codec_is_measured_on_all_its_frames(splits):
 
 def test_labels_of_other_utterances_are_an_error(splits, tmp_path, codec):
     (tmp_path / "other.tsv").write_text("utt\tstart_s\tend_s\tphone\nelse\t0\t1\ta\n")
-    with pytest.raises(RepCodecError, match=r"no utterance has phone labels; the first is 'spk/utt0'"):
+    with pytest.raises(RepCodecError, match=r"no frame has a phone label; the first utterance is 'spk/utt0'"):
         evaluate(codec.float(), "c", module(splits, str(tmp_path / "other.tsv")))
 
 
 def test_codec_and_features_of_different_width_are_one_sentence(splits):
     with pytest.raises(RepCodecError, match=r"width 6, but .* width 8"):
         evaluate(RepCodec(6, codebook_size=4), "six", module(splits))
+
+
+def test_labels_that_fit_several_utterances_are_an_error(tmp_path, codec):
+    from repcodec.shards import write_shard
+
+    for split in ("train", "test"):
+        about = {"root": "", "frame_rate": 50, "utterances": ["s1/a.wav", "s2/a.wav"]}
+        with write_shard(tmp_path / split, 0, 1, DIM, about) as shard:
+            for name in about["utterances"]:
+                shard.append(name, np.ones((5, DIM), dtype=np.float32))
+    (tmp_path / "p.tsv").write_text("utt\tstart_s\tend_s\tphone\na\t0\t1\tx\n")
+    with pytest.raises(RepCodecError, match="the labels of 'a' fit several utterances"):
+        evaluate(codec.float(), "c", module(tmp_path, str(tmp_path / "p.tsv")))
+
+
+def test_only_the_split_asked_for_is_needed(splits, codec):
+    import shutil
+
+    shutil.rmtree(splits / "test")
+    result = evaluate(codec.float(), "c", module(splits), "valid")
+    assert result.usage.sum() == 20 + 31 + 5
+    assert result.row.corpus_used_share is None
+    with pytest.raises(RepCodecError, match="test does not exist"):
+        evaluate(codec.float(), "c", module(splits), "test")
 
 
 def test_fitted_kmeans_is_saved_and_taken_again_for_the_same_features_only(splits, tmp_path):

@@ -96,5 +96,4 @@ def test_training_makes_the_error_fall(splits):
     before = float(trainer.validate(model, data, verbose=False)[0]["valid/normalized_error"])
     trainer.fit(model, data)
     after = float(trainer.validate(model, data, verbose=False)[0]["valid/normalized_error"])
-    print(before, after)
     assert after < 0.6 * before

@@ -183,6 +183,25 @@ def test_start_places_codes_by_kmeans_and_keeps_them_there():
     torch.testing.assert_close(model.codebooks[0].codes, before, rtol=0.05, atol=0.05)
 
 
+def test_frame_that_is_not_finite_does_not_reach_the_codebook():
+    model = quantizer(revive_below=0.1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    z, mask = batch()
+    z[0, 3, 1] = float("inf")
+    model(z, mask)
+    model.update()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_start_with_fewer_points_than_codes_leaves_no_code_at_the_origin():
+    model = quantizer(size=12)
+    z = (torch.arange(5.0).double() + 1).repeat(8)[:, None].expand(-1, 4)
+    model.start(z, seed=0)
+    model(z[None], torch.ones(1, 40, dtype=torch.bool))
+    model.update()
+    assert model.codebooks[0].codes.norm(dim=1).min() > 1
+
+
 def test_statistics_and_loss_are_float32_under_mixed_precision():
     torch.manual_seed(0)
     model = EMAQuantizer(4, 12)
@@ -212,7 +231,7 @@ def _rank(rank, port_file, results, options):
         mask = mask & (step != 2) if rank == 1 else mask
         model(z[mine], mask[mine])
         model.update()
-    model.start(batch(9)[0][mine].flatten(0, 1), seed=0)
+    model.start(batch(9)[0].flatten(0, 1) if rank == 0 else z[:0, 0], seed=0)
     torch.save(model.state_dict(), f"{results}/{rank}.pt")
     dist.destroy_process_group()
 

@@ -42,7 +42,9 @@ def test_padded_batch_equals_single_utterances(strides):
     encoder, decoder = stacks(strides, ratios=[1, 2])
     stride = torch.tensor(strides).prod().item()
     lengths = torch.tensor([4, 1, 3]) * stride
-    x = 100 * torch.randn(3, 5 * stride, 5).double()  # garbage where it is padding
+    x = 100 * torch.randn(3, 5 * stride, 5).double()
+    for b, length in enumerate(lengths):
+        x[b, length:] = float("nan")  # garbage where it is padding
     z, counts = encoder(x, lengths)
     y = decoder(z, counts)
     for b, length in enumerate(lengths):

@@ -8,7 +8,7 @@ from repcodec.errors import RepCodecError
 from repcodec.kmeans import KMeansTokenizer
 from repcodec.quantizers import EMAQuantizer
 from repcodec.shards import FeatureShards
-from repcodec.tokenization import encode_shards, label, load_tokenizer, tokenize
+from repcodec.tokenization import encode_shards, label, load_tokenizer, tokenize, usable_device
 from repcodec.tokens import read_tokens
 
 
@@ -31,14 +31,14 @@ def test_tokens_file_holds_each_utterances_codes_in_order(tmp_path, shards, code
             assert codes.tolist() == alone.tolist()
 
 
-def test_codec_and_kmeans_load_by_what_the_folder_says(tmp_path, codec):
+def test_codec_and_kmeans_load_by_what_the_folder_says(tmp_path, shards, codec):
     codec.float().save_pretrained(tmp_path / "codec")
     KMeansTokenizer(torch.randn(5, DIM)).save_pretrained(tmp_path / "kmeans")
-    assert isinstance(load_tokenizer(tmp_path / "codec"), RepCodec)
-    assert isinstance(load_tokenizer(tmp_path / "kmeans"), KMeansTokenizer)
+    assert isinstance(load_tokenizer(tmp_path / "codec", shards), RepCodec)
+    assert isinstance(load_tokenizer(tmp_path / "kmeans", shards), KMeansTokenizer)
     (tmp_path / "config.json").write_text('{"kind": "wav2vec"}')
     with pytest.raises(RepCodecError, match="'wav2vec', expected repcodec or kmeans"):
-        load_tokenizer(tmp_path)
+        load_tokenizer(tmp_path, shards)
 
 
 def test_labels_tell_kinds_and_sizes_apart():
@@ -60,7 +60,6 @@ def refused(tmp_path, tokenizer, shards, names=None):
 
 
 def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, shards, codec):
-    assert "have width 8, but the codec takes 6" in refused(tmp_path, RepCodec(6, codebook_size=4).eval(), shards)
     several = RepCodec(DIM, codebook_size=4, codebook_num=2).eval()
     assert "2 codebooks" in refused(tmp_path, several, shards)
     assert "5 utterances, but 2 names" in refused(tmp_path, codec.float(), shards, ["a", "b"])
@@ -68,3 +67,20 @@ def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, shards, codec):
     rows[3, 1] = np.nan
     rows.flush()
     assert "1_2.npy, spk/utt3.wav: frame 3 holds NaN" in refused(tmp_path, codec.float().eval(), shards)
+
+
+def test_features_a_codec_was_not_trained_on_are_refused(tmp_path, codec):
+    RepCodec(6, codebook_size=4).save_pretrained(tmp_path / "six")
+    codec.float().save_pretrained(tmp_path / "codec", {"encoder": "hubert_base", "layer": 6})
+    write_split(tmp_path / "test", [9], encoder="hubert_base", layer=9)
+    shards = FeatureShards(tmp_path / "test")
+    with pytest.raises(RepCodecError, match=r"features have width 8, but .* takes 6"):
+        load_tokenizer(tmp_path / "six", shards)
+    with pytest.raises(RepCodecError, match="features of layer 9, expected 6"):
+        load_tokenizer(tmp_path / "codec", shards)
+
+
+def test_device_that_is_not_here_is_one_sentence():
+    for name in ("gpu", "cuda:99"):
+        with pytest.raises(RepCodecError, match=f"device {name}: not usable here"):
+            usable_device(name)

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import lightning
 import numpy as np
 import pytest
 import torch
@@ -65,13 +66,26 @@ def test_run_folder_holds_config_checkpoints_logs_and_codec(splits, tmp_path):
     rows = metrics(folder)
     validations = [row for row in rows if row["valid/normalized_error"]]
     assert [int(row["step"]) for row in validations] == [0, 2, 5]
-    assert min(float(row["valid/normalized_error"]) for row in validations) == pytest.approx(best)
+    assert min(float(row["valid/normalized_error"]) for row in validations[1:]) == pytest.approx(best)
+    saved = RepCodec.from_pretrained(folder / "codec").state_dict()
+    state = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(value, state[f"codec.{name}"]) for name, value in saved.items())
     steps = [row for row in rows if row["train/loss"]]
     assert len(steps) == 6
     for row in steps:
         expected = 45 * float(row["train/reconstruction"]) + float(row["train/commitment"])
         assert float(row["train/loss"]) == pytest.approx(expected, rel=1e-4)
         assert float(row["train/learning_rate"]) == pytest.approx(1e-4)
+
+
+def test_steps_after_the_last_interval_are_validated_and_saved(splits, tmp_path):
+    run_here(splits, tmp_path / "run", "logger=csv", "trainer.max_steps=2")
+    assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
+    assert json.loads((tmp_path / "run" / "codec" / "config.json").read_text())["step"] == 2
+    resumed = f"ckpt_path='{tmp_path}/run/checkpoints/last.ckpt'"
+    run_here(splits, tmp_path / "run", "logger=none", "trainer.max_steps=7", resumed)
+    run_here(splits, tmp_path / "whole", "logger=none", "trainer.max_steps=7")
+    equal_checkpoints(*(tmp_path / name / "checkpoints" / "last.ckpt" for name in ("run", "whole")))
 
 
 def test_logged_error_and_usage_are_those_of_the_saved_codec(splits, tmp_path):
@@ -97,9 +111,43 @@ def test_kmeans_start_begins_exactly_where_kmeans_ends(splits, tmp_path):
     run_here(splits, tmp_path / "run", "logger=csv", "callbacks=kmeans_start", "trainer.max_steps=3")
     rows = [row for row in metrics(tmp_path / "run") if row["valid/normalized_error"]]
     data = ShardsDataModule(dim=8, encoder="hubert_base", layer=9, dir=str(splits))
-    kmeans = evaluate(fit_kmeans(data, 16, tmp_path / "kmeans"), "k-means", data).row
+    kmeans = evaluate(fit_kmeans(data, 16, tmp_path / "kmeans"), "k-means", data, "valid").row
     assert rows[0]["step"] == "0"
     assert float(rows[0]["valid/normalized_error"]) == pytest.approx(kmeans.valid_normalized_error, rel=1e-5)
+
+
+def test_published_recipe_follows_its_formulas_step_by_step(splits, tmp_path):
+    """Two steps of `experiment=published_*` against a plain loop: Adam, 45 and 1, EMA 0.8 by facts.md's formulas."""
+    options = ["experiment=published_hubert_base_l9", "trainer.max_steps=2", "trainer.val_check_interval=2"]
+    run_here(splits, tmp_path / "run", "logger=none", "+trainer.precision=64-true", *options)
+    state = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    from repcodec.data import ShardsDataModule
+
+    lightning.seed_everything(0, workers=True, verbose=False)
+    codec = RepCodec(8, codebook_size=16).double()
+    adam = torch.optim.Adam(codec.parameters(), lr=1e-4, betas=(0.5, 0.9))
+    book = codec.quantizer.codebooks[0]
+    data = ShardsDataModule(dim=8, encoder="hubert_base", layer=9, dir=str(splits), batch_size=4, crop=16)
+    for batch, _ in zip(data.train_dataloader(), range(2), strict=False):
+        mask = torch.arange(16) < batch.lengths[:, None]
+        x = batch.features.double()
+        z, _ = codec.encoder(x, batch.lengths)
+        frames = z[mask]
+        codes = (frames[:, None] - book.codes).square().sum(-1).argmin(1)
+        quantized = torch.zeros_like(z)
+        quantized[mask] = frames + (book.codes[codes] - frames).detach()
+        y = codec.decoder(quantized, batch.lengths)
+        loss = 45 * (y - x)[mask].square().mean() + (book.codes[codes] - frames).square().mean()
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        one_hot = torch.nn.functional.one_hot(codes, 16).double()
+        book.counts.mul_(0.8).add_(0.2 * one_hot.sum(0))
+        book.sums.mul_(0.8).add_(0.2 * one_hot.T @ frames.detach())
+        total = book.counts.sum()
+        book.codes.copy_(book.sums / ((book.counts + 1e-5) / (total + 16 * 1e-5) * total)[:, None])
+    for name, value in codec.state_dict().items():
+        torch.testing.assert_close(state[f"codec.{name}"], value, rtol=1e-6, atol=1e-8)
 
 
 def test_published_start_uses_one_codebook_update_a_step(splits, tmp_path):
@@ -213,6 +261,11 @@ def one_sentence(result, *further):
     said = result.stderr.partition("error: ")[2]
     assert all(word in said for word in further)
     return said
+
+
+def test_missing_checkpoint_and_diverged_run_are_one_sentence(splits, tmp_path):
+    assert "no such checkpoint" in one_sentence(run(splits, tmp_path / "run", "ckpt_path=nowhere.ckpt"))
+    assert "the run has diverged" in one_sentence(run(splits, tmp_path / "run", "optimizer.lr=1e30"))
 
 
 def test_missing_features_name_the_command(tmp_path):
