@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
 
     tokenize = command(
         "tokenize", _tokenize, "Turn feature shards into a tokens file in the published format.",
-        "repcodec tokenize outputs/demo/codec features/whisper_tiny_en/l3/test -o test.tokens",
+        "repcodec tokenize outputs/demo/codec cache/demo/features/whisper_tiny_en/l3/test -o test.tokens",
     )  # fmt: skip
     tokenize.add_argument("codec", help="folder of a saved codec or k-means model")
     tokenize.add_argument("features", help="folder of feature shards, {rank}_{n}.npy and .len")
