@@ -7,6 +7,7 @@ import hydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from repcodec.checkpoint import read_config
 from repcodec.errors import RepCodecError, one_sentence
 from repcodec.evaluation import evaluate, fit_kmeans
 from repcodec.report import print_table, read_curve, write_report
@@ -15,6 +16,8 @@ from repcodec.tokenization import label, load_tokenizer, usable_device
 
 def compare(config: DictConfig) -> None:
     """Evaluate every tokenizer, print the table and write the report."""
+    for folder in config.tokenizers:
+        read_config(folder)  # a misspelt folder is told before any features are made
     data = instantiate(config.data)
     data.prepare_data()
     run_dir = Path(config.run_dir)

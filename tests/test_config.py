@@ -80,6 +80,15 @@ def test_encoder_decides_every_width(encoder):
     assert config.layer == config.encoder.layer == config.data.layer
 
 
+def test_recipes_override_the_keys_of_train_yaml():
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("train", ["experiment=demo"])
+        assert config.run == "demo"
+        assert config.data.name == "demo"
+        assert compose("train", ["experiment=demo", "run=mine"]).run == "mine"
+        assert compose("train", ["experiment=published_hubert_base_l9", "encoder.layer=3"]).layer == 9
+
+
 def test_width_is_written_only_in_the_encoder_group():
     for path in CONF.glob("**/*.yaml"):
         if path.parent.name != "encoder":
