@@ -146,7 +146,7 @@ def evaluate(
         num_codebooks=tokenizer.num_codebooks,
         codebook_size=tokenizer.codebook_size,
     )
-    return Result(row, measured.usage.counts.numpy(), agreement.joint.numpy() if agreement else None)
+    return Result(row, measured.usage.counts.numpy(), agreement.joint.numpy() if agreement is not None else None)
 
 
 @dataclass
