@@ -1,5 +1,6 @@
 """Read a sound file as the speech encoders want it: mono, 16 kHz, float32."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,8 @@ from repcodec.errors import RepCodecError
 SAMPLE_RATE = 16_000
 """Samples per second that every speech encoder takes, in hertz."""
 
-SOUND_SUFFIXES = {".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".aif"}
-"""Endings of the files that `find_sound_files` takes; libsndfile reads them all."""
+SOUND_SUFFIXES = {".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".m4a"}
+"""Endings of the files that `find_sound_files` takes; libsndfile reads them all but .m4a, which needs PyAV."""
 
 
 def read_audio(path: Path | str) -> np.ndarray:
@@ -19,7 +20,7 @@ def read_audio(path: Path | str) -> np.ndarray:
     Several channels are averaged; another sampling rate is converted by soxr at its "HQ" quality.
 
     Args:
-        path: any file libsndfile reads.
+        path: any file libsndfile reads, or an .m4a where the extra `audio` is installed.
 
     Returns:
         (S,) float32 waveform at 16 kHz; integer samples come to [-1, 1].
@@ -27,23 +28,27 @@ def read_audio(path: Path | str) -> np.ndarray:
     Raises:
         RepCodecError: the file is missing, unreadable, cut off, empty or holds a value that is not finite.
     """
-    import soundfile
+    samples, rate = _decode_m4a(path) if _is_m4a(path) else _decode(path)
+    return to_mono_16khz(samples, rate, str(path))
 
-    try:
-        with soundfile.SoundFile(path) as file:
-            announced, rate = file.frames, file.samplerate
-            samples = file.read(dtype="float32", always_2d=True)
-    except (soundfile.SoundFileError, OSError, TypeError) as error:  # TypeError: raw samples without a header
-        raise RepCodecError(f"{path}: not a readable sound file ({error}); remove it or convert it.") from error
-    if len(samples) < announced:
-        raise RepCodecError(
-            f"{path}: the sound is cut off: {len(samples)} samples, its header says {announced}; copy it again."
-        )
+
+def to_mono_16khz(samples: np.ndarray, rate: int, source: str) -> np.ndarray:
+    """Average the channels of (S', channels) samples at `rate` hertz and convert them to 16 kHz.
+
+    Args:
+        source: what messages name.
+
+    Returns:
+        (S,) float32.
+
+    Raises:
+        RepCodecError: no sample, or one that is not finite.
+    """
     if not np.isfinite(samples).all():
-        raise RepCodecError(f"{path}: the sound holds a value that is not finite; record or convert it again.")
+        raise RepCodecError(f"{source}: the sound holds a value that is not finite; record or convert it again.")
     waveform = resample(samples.mean(axis=1), rate)
     if len(waveform) == 0:
-        raise RepCodecError(f"{path}: the sound is empty (0 samples at 16 kHz); remove it.")
+        raise RepCodecError(f"{source}: the sound is empty (0 samples at 16 kHz); remove it.")
     return waveform
 
 
@@ -56,25 +61,30 @@ def resample(samples: np.ndarray, rate: int) -> np.ndarray:
     return np.ascontiguousarray(samples, dtype=np.float32)
 
 
+def samples_at_16khz(num_samples: int, rate: int) -> int:
+    """Return how many samples `resample` makes of `num_samples` at `rate` hertz: rounded, halves up, as soxr does."""
+    return (2 * num_samples * SAMPLE_RATE + rate) // (2 * rate)
+
+
 def num_samples_at_16khz(path: Path | str) -> int:
-    """Return how many samples `read_audio` gives for a file: from its header, or by reading it at another rate.
+    """Return how many samples `read_audio` gives for a file, from its header; an .m4a is decoded.
 
     Raises:
         RepCodecError: the file is missing, unreadable or empty.
     """
     import soundfile
 
+    if _is_m4a(path):
+        return len(read_audio(path))
     try:
         info = soundfile.info(str(path))
     except (soundfile.SoundFileError, OSError, TypeError) as error:
-        raise RepCodecError(f"{path}: not a readable sound file ({error}); remove it or convert it.") from error
-    if info.samplerate == SAMPLE_RATE and info.frames > 0:
-        return info.frames
-    return len(read_audio(path))
+        raise _unreadable(path, error) from error
+    return samples_at_16khz(info.frames, info.samplerate) or len(read_audio(path))
 
 
 def find_sound_files(root: Path | str) -> list[Path]:
-    """List the sound files below a folder, in any depth, sorted by path.
+    """List the sound files below a folder, in any depth, through links too, sorted by path.
 
     Raises:
         RepCodecError: `root` is not a folder, or holds no sound file.
@@ -82,7 +92,62 @@ def find_sound_files(root: Path | str) -> list[Path]:
     root = Path(root)
     if not root.is_dir():
         raise RepCodecError(f"{root} is not a folder; give a folder of sound files.")
-    files = sorted(path for path in root.rglob("*") if path.suffix.lower() in SOUND_SUFFIXES and path.is_file())
+    files, seen = [], set()
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:  # a link to a folder above, or a second one to the same
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders.sort()
+        paths = [Path(folder, name) for name in names]
+        files += [path for path in paths if path.suffix.lower() in SOUND_SUFFIXES and path.is_file()]
     if not files:
         raise RepCodecError(f"{root} holds no sound file ({', '.join(sorted(SOUND_SUFFIXES))}).")
-    return files
+    return sorted(files)
+
+
+def _is_m4a(path: Path | str) -> bool:
+    return Path(path).suffix.lower() == ".m4a"
+
+
+def _unreadable(path: Path | str, error: Exception) -> RepCodecError:
+    return RepCodecError(f"{path}: not a readable sound file ({error}); remove it or convert it.")
+
+
+def _decode(path: Path | str) -> tuple[np.ndarray, int]:
+    """Return (S', channels) float32 samples and their rate in hertz."""
+    import soundfile
+
+    try:
+        with soundfile.SoundFile(path) as file:
+            announced, rate = file.frames, file.samplerate
+            samples = file.read(dtype="float32", always_2d=True)
+    except (soundfile.SoundFileError, OSError, TypeError) as error:  # TypeError: raw samples without a header
+        raise _unreadable(path, error) from error
+    if len(samples) < announced:
+        raise RepCodecError(
+            f"{path}: the sound is cut off: {len(samples)} samples, its header says {announced}; copy it again."
+        )
+    return samples, rate
+
+
+def _decode_m4a(path: Path | str) -> tuple[np.ndarray, int]:
+    """Return (S', channels) float32 samples of an .m4a and their rate in hertz."""
+    try:
+        import av
+    except ImportError as error:
+        raise RepCodecError(
+            f"{path}: reading .m4a needs PyAV: pip install 'repcodec[audio]', or convert it."
+        ) from error
+    try:
+        # From an open file and as this one format: a playlist in disguise cannot name other files or hosts.
+        with open(path, "rb") as file, av.open(file, format="mov") as container:
+            stream = container.streams.audio[0]
+            to_float = av.AudioResampler(format="fltp")
+            frames = [out for frame in container.decode(stream) for out in to_float.resample(frame)]
+            blocks = [frame.to_ndarray() for frame in frames + to_float.resample(None)]
+            rate = stream.rate
+    except (av.FFmpegError, OSError, IndexError, ValueError) as error:
+        raise _unreadable(path, error) from error
+    return np.concatenate([*blocks, np.zeros((stream.channels, 0), np.float32)], axis=1).T, rate

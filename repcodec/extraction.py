@@ -1,16 +1,28 @@
-"""Manifest -> feature shards."""
+"""Sound files -> manifest -> feature shards."""
 
 import json
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
-from repcodec.audio import SAMPLE_RATE, find_sound_files, num_samples_at_16khz, read_audio
+from repcodec.audio import SAMPLE_RATE, find_sound_files, num_samples_at_16khz
 from repcodec.errors import RepCodecError
-from repcodec.manifest import Manifest
-from repcodec.shards import is_finished, shard_path, write_shard
+from repcodec.manifest import Manifest, check_lines, utterance_id
+from repcodec.shard_writer import write_shard
+from repcodec.shards import is_finished, num_shards_there, shard_path
 from repcodec.speech_encoders import EncoderSpec, SpeechEncoder
+
+BATCH_SECONDS = 100.0
+"""Seconds of sound that the speech encoder runs at once."""
+
+READ_AHEAD = 2
+"""Batches that are decoded while the speech encoder is at work on one."""
 
 
 def feature_folder(root: Path | str, encoder: str, layer: int, split: str) -> Path:
@@ -18,16 +30,45 @@ def feature_folder(root: Path | str, encoder: str, layer: int, split: str) -> Pa
     return Path(root) / encoder / f"l{layer}" / split
 
 
-def make_manifest(folder: Path | str) -> Manifest:
-    """List the sound files below a folder.
+def make_manifest(folder: Path | str, skip_bad: bool = False) -> Manifest:
+    """List the sound files below a folder, reading many headers at a time.
+
+    Args:
+        folder: searched in any depth.
+        skip_bad: leave out unusable files and note them in `skipped`, instead of refusing the first.
 
     Raises:
-        RepCodecError: the folder holds none, or one is unreadable.
+        RepCodecError: the folder holds no usable file, or one is unreadable, empty, has a name that a manifest cannot
+            hold or the id of another one.
     """
-    root = Path(folder).resolve()
+    root = Path(folder).expanduser().resolve()
     files = find_sound_files(root)
-    samples = [num_samples_at_16khz(path) for path in tqdm(files, desc="Reading sound headers", unit="file")]
-    return Manifest(root, [path.relative_to(root).as_posix() for path in files], samples)
+    names = [path.relative_to(root).as_posix() for path in files]
+    listed: dict[str, int] = {}
+    skipped: dict[str, str] = {}
+    ids: dict[str, str] = {}
+
+    def samples(path: Path) -> int | RepCodecError:
+        try:
+            check_lines(path.name)
+            return num_samples_at_16khz(path)
+        except RepCodecError as error:
+            return error
+
+    with ThreadPoolExecutor(4 * _num_cores()) as pool:
+        counts = tqdm(pool.map(samples, files), total=len(files), desc="Reading sound headers", unit="file")
+        for name, path, found in zip(names, files, counts, strict=True):
+            if not isinstance(found, RepCodecError) and (first := ids.setdefault(utterance_id(name), name)) != name:
+                found = RepCodecError(f"{path}: has the id of {first}; ids are paths without endings, rename one.")
+            if not isinstance(found, RepCodecError):
+                listed[name] = found
+            elif skip_bad:
+                skipped[name] = str(found)
+            else:
+                raise found
+    if not listed:
+        raise RepCodecError(f"{root} holds no usable sound file: all {len(files)} are unreadable.")
+    return Manifest(root, list(listed), list(listed.values()), skipped)
 
 
 @torch.inference_mode()
@@ -39,9 +80,14 @@ def extract(
     rank: int = 0,
     num_shards: int = 1,
     model: Path | str | None = None,
+    dtype: str = "float32",
+    batch_seconds: float = BATCH_SECONDS,
+    skip_bad: bool = False,
     description: str = "Extracting features",
 ) -> None:
     """Write shard `rank` of `num_shards` of a manifest's features; a finished shard of the same is left as it is.
+
+    A run that was killed goes on after its last whole batch, and ends with the same bytes as one that was not.
 
     Args:
         manifest: the whole split.
@@ -49,49 +95,136 @@ def extract(
         spec: the row of the encoder table, for the shard's description.
         encoder: the speech encoder, on its device.
         model: where its weights came from, if not from the table's hub id.
+        dtype: what the features are stored as, "float32" or "float16"; they are computed in float32.
+        batch_seconds: seconds of sound run at once; a longer utterance is a batch of its own.
+        skip_bad: leave out bad sounds and list them in `{rank}_{num_shards}.skipped.tsv`, instead of stopping at the
+            first.
         description: what the progress bar says.
 
     Raises:
-        RepCodecError: a sound file is unreadable or too short for one frame, the shard cannot be written,
-            or a finished one there is of something else.
+        RepCodecError: a sound is unreadable, not as long as the manifest says, or too short for one frame; the shard
+            cannot be written; or a finished one there is of something else.
     """
     utterances = manifest.shard(rank, num_shards)
     about = {
         "encoder": spec.name,
         "layer": encoder.layer,
         "model": str(model or spec.model),
+        "weights_sha256": encoder.weights_sha256,
         "dim": encoder.dim,
         "frame_rate": encoder.frame_rate,
-        "dtype": "float32",
+        "dtype": dtype,
         "manifest_sha256": manifest.sha256(),
         "root": str(manifest.root),
-        "utterances": list(utterances.paths),
+        "batch_seconds": batch_seconds,
     }
     if is_finished(folder, rank, num_shards):
         _check_same(shard_path(folder, rank, num_shards, ".json"), about)
         return
+    if others := num_shards_there(folder) - {num_shards}:
+        raise RepCodecError(
+            f"{folder}: shards of {max(others)} are there, but this would be one of {num_shards}; delete them, or go on "
+            f"with --shard I/{max(others)}."
+        )
     device = next(encoder.parameters()).device
-    with (
-        write_shard(folder, rank, num_shards, encoder.dim, about) as shard,
-        tqdm(total=sum(utterances.num_samples) / SAMPLE_RATE, desc=description, unit="s", unit_scale=True) as bar,
-    ):
-        for name, num_samples in zip(utterances.paths, utterances.num_samples, strict=True):
-            path = manifest.root / name
-            waveform = torch.from_numpy(read_audio(path)).to(device)
-            features = encoder(waveform)
-            if len(features) == 0:
+    batches = batches_of(utterances.num_samples, batch_seconds)
+    seconds = [sum(utterances.num_samples[i] for i in batch) / SAMPLE_RATE for batch in batches]
+    with write_shard(folder, rank, num_shards, encoder.dim, about, dtype, with_skipped=skip_bad) as shard:
+        done = shard.num_batches
+        for where, reason in utterances.skipped.items() if done == 0 else ():
+            shard.skip(where, reason)
+        with tqdm(total=sum(seconds), initial=sum(seconds[:done]), desc=description, unit="s", unit_scale=True) as bar:
+            for number, sounds in enumerate(_read_ahead(utterances, batches[done:], encoder, skip_bad), start=done):
+                good = [torch.from_numpy(sound).to(device) for sound in sounds if isinstance(sound, np.ndarray)]
+                features = iter(_run(encoder, good, batch_seconds))
+                for utterance, sound in zip(batches[number], sounds, strict=True):
+                    if isinstance(sound, RepCodecError):
+                        shard.skip(utterances.paths[utterance], str(sound))
+                    else:
+                        shard.append(utterances.paths[utterance], next(features))
+                shard.commit()
+                bar.update(seconds[number])
+        if shard.skipped:
+            tqdm.write(
+                f"{len(shard.skipped)} sounds were skipped: {shard_path(folder, rank, num_shards, '.skipped.tsv')}"
+            )
+
+
+def batches_of(num_samples: Sequence[int], batch_seconds: float) -> list[list[int]]:
+    """Cut utterances, in their order, into batches of at most `batch_seconds` seconds of sound, at least one each."""
+    batches: list[list[int]] = []
+    room = 0.0
+    for utterance, samples in enumerate(num_samples):
+        if not batches or samples > room:
+            batches.append([])
+            room = batch_seconds * SAMPLE_RATE
+        batches[-1].append(utterance)
+        room -= samples
+    return batches
+
+
+def _read_ahead(
+    utterances: Manifest, batches: list[list[int]], encoder: SpeechEncoder, skip_bad: bool
+) -> Iterator[list[np.ndarray | RepCodecError]]:
+    """Yield the waveforms of one batch after another; threads decode the next ones meanwhile.
+
+    Raises:
+        RepCodecError: a bad sound; with `skip_bad` the error stands in its waveform's place.
+    """
+
+    def read(utterance: int) -> np.ndarray | RepCodecError:
+        try:
+            waveform = utterances.waveform(utterance)
+            if encoder.num_frames(len(waveform)) == 0:
+                path = utterances.root / utterances.paths[utterance]
                 raise RepCodecError(
                     f"{path}: {len(waveform)} samples are too short for one frame; remove it from the manifest."
                 )
-            shard.append(name, features.cpu().numpy())
-            bar.update(num_samples / SAMPLE_RATE)
+        except RepCodecError as error:
+            if not skip_bad:
+                raise
+            return error
+        return waveform
+
+    pool = ThreadPoolExecutor(_num_cores())
+    try:
+        waiting: deque = deque()
+        for batch in batches:
+            waiting.append([pool.submit(read, utterance) for utterance in batch])
+            if len(waiting) > READ_AHEAD:
+                yield [future.result() for future in waiting.popleft()]
+        while waiting:
+            yield [future.result() for future in waiting.popleft()]
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _num_cores() -> int:
+    """Return how many cores this process may use: on a cluster, fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _run(encoder: SpeechEncoder, waveforms: list[torch.Tensor], batch_seconds: float) -> list[np.ndarray]:
+    """Return the features (T, D) of each waveform.
+
+    Raises:
+        RepCodecError: the batch does not fit into the accelerator's memory.
+    """
+    try:
+        return [features.cpu().numpy() for features in encoder(waveforms)] if waveforms else []
+    except torch.OutOfMemoryError as error:
+        raise RepCodecError(
+            f"a batch of {sum(map(len, waveforms)) / SAMPLE_RATE:.0f} seconds does not fit into the device's memory: "
+            f"choose --batch-seconds below {batch_seconds:g}."
+        ) from error
 
 
 def _check_same(path: Path, about: dict) -> None:
-    """Refuse to take a finished shard for one of other sounds, encoder or layer; the audio root may have moved."""
+    """Refuse to take a finished shard for one of other sounds, encoder or layer; its files may have moved."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        differs = [key for key in about if key != "root" and found.get(key) != about[key]]
+        moves = ("root", "model", "batch_seconds")
+        differs = [key for key in about if key not in moves and found.get(key) != about[key]]
     except (OSError, ValueError, AttributeError) as error:
         raise RepCodecError(f"{path}: not a readable shard description ({error!r}); delete the shard.") from error
     if differs:

@@ -1,5 +1,7 @@
-"""Writing files whole or not at all."""
+"""Writing files whole or not at all, and by one process at a time."""
 
+import errno
+import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,3 +42,54 @@ def atomic_write(path: Path | str, mode: str = "w") -> Iterator[IO]:
             partial.unlink(missing_ok=True)
         except OSError:
             pass
+
+
+@contextmanager
+def locked(path: Path | str) -> Iterator[None]:
+    """Keep other processes from making `path`, by a lock file beside it that is gone afterwards.
+
+    The system lets go of it when the process ends, however it ends, so a lock left behind holds nobody up. On a file
+    system that has no locks, this is none.
+
+    Raises:
+        RepCodecError: another process, which the sentence names, is making it; or the folder cannot be written.
+    """
+    path = Path(path)
+    lock = path.with_name(f".{path.name}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = _take(lock)
+        if file is None:
+            raise RepCodecError(f"{path}: process {lock.read_text().strip()} is making it; wait for it, or stop it.")
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+    except OSError as error:
+        raise RepCodecError(
+            f"{path} could not be written ({error.strerror}): choose a folder you may write to."
+        ) from error
+    with file:
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _take(lock: Path) -> IO[str] | None:
+    """Open a lock file and hold it; None when another process does."""
+    while True:
+        file = open(lock, "a", encoding="ascii")  # noqa: SIM115  # the caller closes it
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(file.fileno()).st_ino == lock.stat().st_ino:
+                return file
+        except BlockingIOError:
+            file.close()
+            return None
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                return file
+            raise
+        file.close()  # its last owner took it away just before we got it

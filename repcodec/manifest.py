@@ -4,17 +4,25 @@ The published format: line 1 is the audio root, every other line `relative_path<
 """
 
 import hashlib
+import posixpath
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass, field
+from pathlib import Path
 
+import numpy as np
+
+from repcodec.audio import read_audio
 from repcodec.errors import RepCodecError
 from repcodec.files import atomic_write
 
 
 def utterance_id(relative_path: str) -> str:
     """Return the id of an utterance: its path below the audio root, without the ending."""
-    return str(PurePosixPath(relative_path).with_suffix(""))
+    return posixpath.splitext(relative_path)[0]
+
+
+SAMPLE_TOLERANCE = 160
+"""A manifest may be wrong by so many samples, half a frame: other programs round differently when resampling."""
 
 
 def check_lines(*names: str) -> None:
@@ -38,11 +46,13 @@ class Manifest:
         root: the audio root.
         paths: one path relative to the root an utterance.
         num_samples: samples an utterance has at 16 kHz, in the order of `paths`.
+        skipped: what was left out when the list was made, and why; by path, or by line of the .tsv.
     """
 
     root: Path
     paths: Sequence[str]
     num_samples: Sequence[int]
+    skipped: dict[str, str] = field(default_factory=dict, compare=False)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -59,28 +69,56 @@ class Manifest:
             file.writelines(f"{name}\t{samples}\n" for name, samples in zip(self.paths, self.num_samples, strict=True))
 
     @classmethod
-    def read(cls, path: Path | str) -> "Manifest":
+    def read(cls, path: Path | str, skip_bad: bool = False) -> "Manifest":
         """Read the published format.
 
+        Args:
+            path: the .tsv file.
+            skip_bad: leave out bad lines and note them in `skipped`, instead of refusing the first.
+
         Raises:
-            RepCodecError: the file is missing, empty, or a line is not `path<TAB>samples`.
+            RepCodecError: the file is missing, empty, a line is not `path<TAB>samples`, or two have the same id.
         """
         try:
             lines = Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise RepCodecError(f"{path}: not a readable manifest ({error}).") from error
-        if len(lines) < 2:
-            raise RepCodecError(f"{path}: the manifest lists no utterance; `repcodec manifest FOLDER` makes one.")
-        names, counts = [], []
+        paths: dict[str, int] = {}
+        first: dict[str, str] = {}
+        skipped: dict[str, str] = {}
         for number, line in enumerate(lines[1:], start=2):
             name, tab, samples = line.partition("\t")
+            identity = utterance_id(name)
             if not (name and tab and samples.isdecimal()):
-                raise RepCodecError(
-                    f"{path}, line {number}: found {line[:80]!r}, expected relative_path<TAB>number_of_samples."
-                )
-            names.append(name)
-            counts.append(int(samples))
-        return cls(Path(lines[0]), names, counts)
+                more = " (a path cannot hold a tab: rename it)" if samples.count("\t") else ""
+                reason = f"found {line[:80]!r}, expected relative_path<TAB>number_of_samples{more}"
+            elif identity in first:
+                reason = f"{name!r} has the id of {first[identity]!r}; ids are paths without endings, rename one"
+            else:
+                paths[name] = int(samples)
+                first[identity] = name
+                continue
+            if not skip_bad:
+                raise RepCodecError(f"{path}, line {number}: {reason}.")
+            skipped[f"line {number}"] = reason
+        if not paths:
+            raise RepCodecError(f"{path}: the manifest lists no utterance; `repcodec manifest FOLDER` makes one.")
+        return cls(Path(lines[0]), list(paths), list(paths.values()), skipped)
+
+    def waveform(self, utterance: int) -> np.ndarray:
+        """Return the (S,) float32 waveform of an utterance at 16 kHz.
+
+        Raises:
+            RepCodecError: the sound is unreadable, or not as long as the manifest says.
+        """
+        path, expected = self.root / self.paths[utterance], self.num_samples[utterance]
+        waveform = read_audio(path)
+        if abs(len(waveform) - expected) > SAMPLE_TOLERANCE:
+            raise RepCodecError(
+                f"{path}: {len(waveform)} samples at 16 kHz, but the manifest says {expected}; make the manifest again "
+                "with `repcodec manifest`."
+            )
+        return waveform
 
     def sha256(self) -> str:
         """Return the hash of the listed utterances (not of the root, which may move)."""
@@ -88,7 +126,7 @@ class Manifest:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def shard(self, rank: int, num_shards: int) -> "Manifest":
-        """Return the utterances of shard `rank` of `num_shards`, by the published rule.
+        """Return the utterances of shard `rank` of `num_shards`, by the published rule; `skipped` goes to the first.
 
         Raises:
             RepCodecError: there is no such shard, or it would be empty.
@@ -102,4 +140,5 @@ class Manifest:
             raise RepCodecError(
                 f"shard {rank} of {num_shards} is empty: the manifest has {len(self)} utterances; use fewer shards."
             )
-        return Manifest(self.root, self.paths[start:stop], self.num_samples[start:stop])
+        skipped = self.skipped if rank == 0 else {}
+        return Manifest(self.root, self.paths[start:stop], self.num_samples[start:stop], skipped)

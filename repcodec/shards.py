@@ -1,7 +1,7 @@
-"""Feature shards: `{rank}_{n}.npy`, a (sum of T, D) float array, and `{rank}_{n}.len`, one T a line.
+"""Read feature shards: `{rank}_{n}.npy`, a (sum of T, D) float array, and `{rank}_{n}.len`, one T a line.
 
 Beside them lies `{rank}_{n}.json`, which names the utterances and says how the features were made;
-shards made by the published scripts lack it and are read all the same.
+shards made by the published scripts lack it and are read all the same. `shard_writer.py` writes them.
 """
 
 import json
@@ -9,15 +9,15 @@ import os
 import re
 import tokenize
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
 from repcodec.errors import RepCodecError
-from repcodec.files import atomic_write
+
+SUFFIXES = (".npy", ".len", ".json", ".skipped.tsv")
+"""Files of a shard: features, lengths, what they are, and the utterances left out, where any was."""
 
 
 def shard_path(folder: Path | str, rank: int, num_shards: int, suffix: str) -> Path:
@@ -25,78 +25,21 @@ def shard_path(folder: Path | str, rank: int, num_shards: int, suffix: str) -> P
     return Path(folder) / f"{rank}_{num_shards}{suffix}"
 
 
-class ShardWriter:
-    """Appends the features of one utterance after another to one shard."""
-
-    def __init__(self, file: IO[bytes], dim: int):
-        self._file, self._dim = file, dim
-        self.utterances: list[str] = []
-        self.lengths: list[int] = []
-        self.write_header()
-
-    def write_header(self) -> None:
-        """Write the .npy header at the start; numpy leaves room for the row count to grow."""
-        self._file.seek(0)
-        header = {"descr": "<f4", "fortran_order": False, "shape": (sum(self.lengths), self._dim)}
-        np.lib.format.write_array_header_1_0(self._file, header)
-
-    def append(self, utterance: str, features: np.ndarray) -> None:
-        """Append the (T, D) features of an utterance.
-
-        Raises:
-            RepCodecError: wrong width, or a value that is not finite.
-        """
-        if features.ndim != 2 or features.shape[1] != self._dim:
-            raise RepCodecError(f"{utterance}: features have shape {features.shape}, expected (T, {self._dim}).")
-        with np.errstate(over="ignore"):  # refused in the next line
-            rows = np.ascontiguousarray(features, dtype="<f4")
-        check_finite(rows, utterance)
-        self._file.write(rows.tobytes())
-        self.utterances.append(utterance)
-        self.lengths.append(len(rows))
-
-
-@contextmanager
-def write_shard(folder: Path | str, rank: int, num_shards: int, dim: int, about: dict) -> Iterator[ShardWriter]:
-    """Write one shard; its files appear only when the block ends well, the .len last.
-
-    Args:
-        folder: where `{rank}_{num_shards}.*` go.
-        dim: D.
-        about: what the .json beside the features says; its "utterances" are the relative paths, in order.
-
-    Raises:
-        RepCodecError: the files cannot be written, or the utterances appended are not those announced.
-    """
-    npy, lengths, sidecar = (shard_path(folder, rank, num_shards, s) for s in (".npy", ".len", ".json"))
-    text = json.dumps(about, indent=1, ensure_ascii=False)
-    with atomic_write(npy, "w+b") as file:
-        writer = ShardWriter(file, dim)
-        yield writer
-        announced = about["utterances"]
-        if len(writer.utterances) != len(announced):
-            raise RepCodecError(f"{npy}: {len(writer.utterances)} utterances were written, {len(announced)} announced.")
-        for written, expected in zip(writer.utterances, announced, strict=True):
-            if written != expected:
-                raise RepCodecError(f"{npy}: {written} was written where {expected} was announced.")
-        writer.write_header()
-        # An older shard's description must not stand beside these values, whatever happens from here on.
-        for old in (lengths, sidecar):
-            old.unlink(missing_ok=True)
-    try:
-        with atomic_write(sidecar) as file:
-            file.write(text)
-        with atomic_write(lengths) as file:
-            file.writelines(f"{length}\n" for length in writer.lengths)
-    except BaseException:
-        for half in (npy, sidecar):
-            half.unlink(missing_ok=True)
-        raise
-
-
 def is_finished(folder: Path | str, rank: int, num_shards: int) -> bool:
     """Say whether shard `rank` of `num_shards` has all its files."""
-    return all(shard_path(folder, rank, num_shards, s).exists() for s in (".npy", ".json", ".len"))
+    return all(shard_path(folder, rank, num_shards, suffix).exists() for suffix in SUFFIXES[:3])
+
+
+def num_shards_there(folder: Path | str) -> set[int]:
+    """Return of how many shards those of a folder are: one number, unless sets are mixed."""
+    return {num_shards for _, num_shards, _ in _numbered(Path(folder))}
+
+
+def _numbered(folder: Path) -> Iterator[tuple[int, int, Path]]:
+    """Yield rank, number of shards and path of every .npy file of a folder that is named like a shard."""
+    for path in folder.glob("*.npy"):
+        if match := re.fullmatch(r"(\d+)_(\d+)", path.stem):
+            yield int(match[1]), int(match[2]), path
 
 
 def check_finite(features: np.ndarray, source: object, first: int = 0, step: int = 1) -> None:
@@ -125,6 +68,10 @@ class _Shard:
     rows: np.ndarray
     lengths: np.ndarray
     about: dict
+
+
+SAME = ("encoder", "weights_sha256", "layer", "frame_rate", "manifest_sha256")
+"""What the shards of one folder must agree on, where their .json says it."""
 
 
 class FeatureShards:
@@ -158,7 +105,7 @@ class FeatureShards:
         first = self._shards[0]
         for shard in self._shards:
             made = {"width": (shard.rows.shape[1], self.dim)}
-            made |= {key: (shard.about.get(key), first.about.get(key)) for key in ("encoder", "layer", "frame_rate")}
+            made |= {key: (shard.about.get(key), first.about.get(key)) for key in SAME}
             for key, (found, expected) in made.items():
                 if found != expected:
                     raise RepCodecError(
@@ -282,9 +229,8 @@ def _shard_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise RepCodecError(f"{folder}: no such folder of feature shards; `repcodec extract` makes one.")
     found: dict[int, dict[int, Path]] = {}
-    for path in folder.glob("*.npy"):
-        if match := re.fullmatch(r"(\d+)_(\d+)", path.stem):
-            found.setdefault(int(match[2]), {})[int(match[1])] = path
+    for rank, num_shards, path in _numbered(folder):
+        found.setdefault(num_shards, {})[rank] = path
     if len(found) != 1:
         several = " and ".join(f"shards of {n}" for n in sorted(found))
         raise RepCodecError(

@@ -4,14 +4,18 @@ Layers count from 1: layer n is the output of the n-th Transformer block, before
 follows the stack. Nothing above that block is kept or run.
 """
 
+import hashlib
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
 from repcodec.audio import SAMPLE_RATE
 from repcodec.errors import RepCodecError
@@ -29,7 +33,7 @@ class EncoderSpec:
         model: hub id, or a local folder in transformers' format.
         dim: D.
         num_layers: how many Transformer blocks it has.
-        layer: the default layer, 1-based.
+        layer: the default layer, 1-based; None where nobody has published one.
         waveform_norm: whether the waveform is layer-normalized over the utterance (None: the encoder takes log-mel).
         frame_rate: frames per second.
     """
@@ -38,9 +42,22 @@ class EncoderSpec:
     model: str
     dim: int
     num_layers: int
-    layer: int
+    layer: int | None
     waveform_norm: bool | None
     frame_rate: int
+
+    def valid_layer(self, layer: int | None = None) -> int:
+        """Return `layer`, or the default where it is None.
+
+        Raises:
+            RepCodecError: there is no such layer; names the valid range.
+        """
+        layer = self.layer if layer is None else layer
+        if layer is None:
+            raise RepCodecError(f"{self.name} has no published layer: choose one with --layer, 1 to {self.num_layers}.")
+        if not 1 <= layer <= self.num_layers:
+            raise RepCodecError(f"layer={layer}: {self.name} has layers 1 to {self.num_layers}.")
+        return layer
 
 
 @cache
@@ -56,13 +73,19 @@ def encoder_table() -> dict[str, EncoderSpec]:
 
 
 class SpeechEncoder(nn.Module):
-    """Contract: a (S,) waveform at 16 kHz in, (T, D) features of one layer out.
+    """Contract: waveforms at 16 kHz in, the features of one layer out.
+
+    A batch is packed, not padded: what looks along time (convolutions, the mel, attention) runs utterance by
+    utterance, what does not (all the matrix products of the blocks) runs over the frames of all utterances end
+    to end. So nothing is computed in vain, and no utterance sees another one.
 
     Attributes:
         dim: D.
         layer: the layer given, 1-based.
         frame_rate: frames per second.
     """
+
+    blocks: nn.ModuleList
 
     def __init__(self, dim: int, layer: int):
         super().__init__()
@@ -73,9 +96,52 @@ class SpeechEncoder(nn.Module):
         """Return T for S samples."""
         raise NotImplementedError
 
-    def forward(self, waveform: Tensor) -> Tensor:
-        """(S,) float32 at 16 kHz -> (T, D)."""
+    def segments(self, waveform: Tensor) -> list[Tensor]:
+        """(S,) -> what block 1 takes, (T', D) of each stretch that is run by itself; none where S is too short."""
         raise NotImplementedError
+
+    @torch.no_grad()
+    def forward(self, waveforms: Sequence[Tensor]) -> list[Tensor]:
+        """Waveforms (S,) at 16 kHz, on the encoder's device -> the features (T, D) of each, float32.
+
+        Autocast is off, and so are TensorFloat-32 convolutions: features are what they are, however they are trained on.
+        """
+        device = next(self.parameters()).device
+        with torch.autocast(device.type, enabled=False), _exact_convolutions(device):
+            parts = [self.segments(waveform.float()) for waveform in waveforms]
+            lengths = [len(segment) for segments in parts for segment in segments]
+            if not lengths:
+                return [waveform.new_zeros(0, self.dim, dtype=torch.float32) for waveform in waveforms]
+            x = torch.cat([segment for segments in parts for segment in segments])[None]
+            for block in self.blocks:
+                x = block(x, None, lengths=lengths)
+            rows = x[0].split([sum(len(segment) for segment in segments) for segments in parts])
+        return [row[: self.num_frames(len(waveform))] for row, waveform in zip(rows, waveforms, strict=True)]
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """Hash of the weights up to `layer`: which encoder this is, wherever its files lie."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.state_dict().items()):
+            digest.update(f"{name} {tuple(value.shape)}".encode())
+            digest.update(value.cpu().contiguous().numpy())
+        return digest.hexdigest()
+
+
+def _exact_convolutions(device: torch.device) -> AbstractContextManager:
+    """Switch off TensorFloat-32 in cuDNN's convolutions, on by default: it keeps 10 bits of the mantissa."""
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False) if device.type == "cuda" else nullcontext()
+
+
+def _packed_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, *, lengths: list[int], **options
+) -> tuple[Tensor, None]:
+    """Attend within each segment of (1, heads, sum of lengths, head width); the form transformers asks for."""
+    parts = [
+        nn.functional.scaled_dot_product_attention(q, k, v, scale=options["scaling"])
+        for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+    ]
+    return torch.cat(parts, 2).transpose(1, 2), None
 
 
 class HubertEncoder(SpeechEncoder):
@@ -88,14 +154,22 @@ class HubertEncoder(SpeechEncoder):
     """Samples the convolutions need for their first frame."""
 
     def __init__(self, model: Any, layer: int, waveform_norm: bool):
-        """Take a transformers HubertModel or Data2VecAudioModel that ends with block `layer`."""
+        """Take a transformers HubertModel or Data2VecAudioModel that ends with block `layer`.
+
+        The norm after the stack is not part of any layer. In the post-norm shape the module of the same name comes
+        before the blocks.
+        """
         super().__init__(model.config.hidden_size, layer)
         self.waveform_norm = waveform_norm
-        # The norm after the stack is not part of any layer. In the post-norm shape the module of the same
-        # name comes before the blocks and stays.
-        if getattr(model.config, "do_stable_layer_norm", False):
-            model.encoder.layer_norm = nn.Identity()
-        self.model = model
+        self.convolutions: nn.Module = model.feature_extractor
+        self.projection: nn.Module = model.feature_projection
+        self.positions: nn.Module = model.encoder.pos_conv_embed
+        for module in self.positions.modules():  # the weight norm, once instead of at every call
+            if is_parametrized(module):
+                remove_parametrizations(module, "weight")
+        pre_norm = getattr(model.config, "do_stable_layer_norm", False)
+        self.norm: nn.Module = nn.Identity() if pre_norm else model.encoder.layer_norm
+        self.blocks = model.encoder.layers
 
     def num_frames(self, num_samples: int) -> int:
         """Return T for S samples, chunk by chunk."""
@@ -106,18 +180,27 @@ class HubertEncoder(SpeechEncoder):
     def _chunk_frames(self, num_samples: int) -> int:
         return (num_samples - self.RECEPTIVE_FIELD) // HOP + 1
 
-    def forward(self, waveform: Tensor) -> Tensor:
-        """(S,) float32 at 16 kHz -> (T, D)."""
-        if self.waveform_norm:
+    def segments(self, waveform: Tensor) -> list[Tensor]:
+        """(S,) -> (T', D) of each chunk."""
+        if self.waveform_norm and len(waveform):
             waveform = nn.functional.layer_norm(waveform, waveform.shape, eps=1e-5)
         chunks = [chunk for chunk in waveform.split(self.CHUNK) if len(chunk) >= self.RECEPTIVE_FIELD]
-        if not chunks:
-            return waveform.new_zeros(0, self.dim)
-        return torch.cat([self.model(chunk[None]).last_hidden_state[0] for chunk in chunks])
+        return [self._front(chunk) for chunk in chunks]
+
+    def _front(self, chunk: Tensor) -> Tensor:
+        x = self.projection(self.convolutions(chunk[None]).mT)
+        x = x[0] if isinstance(x, tuple) else x  # data2vec hands out its normed input too
+        return self.norm(x + self.positions(x))[0]
 
 
 class WhisperEncoder(SpeechEncoder):
     """Whisper's encoder on the log-mel of the utterance at its own length, not padded to 30 s."""
+
+    WINDOW, MEL_HOP = 400, 160
+    """Samples of a mel frame's window, and from one mel frame to the next."""
+
+    window: Tensor
+    filters: Tensor
 
     def __init__(self, model: Any, layer: int):
         """Take transformers' module of that name, ending with block `layer`; its last norm is left out."""
@@ -127,33 +210,32 @@ class WhisperEncoder(SpeechEncoder):
         self.conv1: nn.Conv1d = model.conv1
         self.conv2: nn.Conv1d = model.conv2
         self.positions: nn.Embedding = model.embed_positions
-        self.blocks: nn.ModuleList = model.layers
-        self.log_mel = WhisperFeatureExtractor(feature_size=model.config.num_mel_bins)
+        self.blocks = model.layers
+        filters = WhisperFeatureExtractor(feature_size=model.config.num_mel_bins).mel_filters
+        self.register_buffer("filters", torch.from_numpy(filters).float().T.contiguous(), persistent=False)
+        self.register_buffer("window", torch.hann_window(self.WINDOW), persistent=False)
 
     def num_frames(self, num_samples: int) -> int:
         """Return T for S samples."""
         return num_samples // HOP
 
-    def forward(self, waveform: Tensor) -> Tensor:
-        """(S,) float32 at 16 kHz -> (T, D)."""
-        num_frames = self.num_frames(len(waveform))
-        if num_frames == 0:
-            return waveform.new_zeros(0, self.dim)
-        device = waveform.device
-        mel = self.log_mel(
-            waveform.cpu().numpy(),
-            sampling_rate=SAMPLE_RATE,
-            truncation=False,
-            padding="do_not_pad",
-            return_tensors="pt",
-            device=str(device),
-        ).input_features.to(device, self.conv1.weight.dtype)
-        x = nn.functional.gelu(self.conv1(mel))
-        x = nn.functional.gelu(self.conv2(x)).mT
-        x = x + self.position_table(x.shape[1])
-        for block in self.blocks:
-            x = block(x, None)
-        return x[0, :num_frames]
+    def log_mel(self, waveform: Tensor) -> Tensor:
+        """(S,) -> (mel bands, S // 160): log10 of the mel power, at most 8 below the utterance's maximum, scaled.
+
+        Source: openai/whisper, as the paper's section 2.2 describes (Radford et al. 2022).
+        """
+        spectrum = torch.stft(waveform, self.WINDOW, self.MEL_HOP, window=self.window, return_complex=True)
+        mel = self.filters @ spectrum[:, :-1].abs().square()
+        log = mel.clamp(min=1e-10).log10()
+        return (log.clamp(min=log.max() - 8) + 4) / 4
+
+    def segments(self, waveform: Tensor) -> list[Tensor]:
+        """(S,) -> (T', D) of the whole utterance; T' may be one more than T."""
+        if self.num_frames(len(waveform)) == 0:
+            return []
+        x = nn.functional.gelu(self.conv1(self.log_mel(waveform)[None]))
+        x = nn.functional.gelu(self.conv2(x))[0].mT
+        return [x + self.position_table(len(x))]
 
     def position_table(self, num_frames: int) -> Tensor:
         """Return (T, D) positions: the model's table, or the same sinusoids computed for a longer T."""
@@ -163,6 +245,32 @@ class WhisperEncoder(SpeechEncoder):
         from transformers.models.whisper.modeling_whisper import sinusoids
 
         return sinusoids(num_frames, self.dim).to(table)
+
+
+def find_encoder(name: str, model: str | Path | None = None) -> EncoderSpec:
+    """Return the row of the encoder table, or one read off a model of the three families that is not in it.
+
+    Args:
+        name: in the table; any name when `model` is given.
+        model: a hub id or a local folder.
+
+    Raises:
+        RepCodecError: no such row and no model, or one that is not of the three families.
+    """
+    if name in encoder_table():
+        return encoder_table()[name]
+    if model is None:
+        raise RepCodecError(
+            f"{name}: no such speech encoder; known: {', '.join(encoder_table())}. Others of these families need "
+            "--model FOLDER_OR_HUB_ID."
+        )
+    config = _read_config(str(model))
+    whisper = config.model_type == "whisper"
+    num_layers = config.encoder_layers if whisper else config.num_hidden_layers
+    # fairseq normalizes the waveform for the models whose convolutions have a LayerNorm; data2vec's always have.
+    norm = None if whisper else getattr(config, "feat_extract_norm", "layer") == "layer"
+    dim = config.d_model if whisper else config.hidden_size
+    return EncoderSpec(name, str(model), dim, num_layers, None, norm, SAMPLE_RATE // HOP)
 
 
 def load_speech_encoder(spec: EncoderSpec, layer: int | None = None, model: str | Path | None = None) -> SpeechEncoder:
@@ -176,9 +284,7 @@ def load_speech_encoder(spec: EncoderSpec, layer: int | None = None, model: str 
     Raises:
         RepCodecError: a layer past the end, a folder that holds no such model, or no network for a hub id.
     """
-    layer = spec.layer if layer is None else layer
-    if not 1 <= layer <= spec.num_layers:
-        raise RepCodecError(f"layer={layer}: {spec.name} has layers 1 to {spec.num_layers}.")
+    layer = spec.valid_layer(layer)
     source = str(model or spec.model)
     whole = _load_blocks(source, layer)
     if whole.config.model_type == "whisper":
@@ -195,35 +301,64 @@ def _load_blocks(source: str, layer: int) -> Any:
     import transformers
     from transformers.models.whisper.modeling_whisper import WhisperEncoder as WhisperBlocks
 
+    config = _read_config(source)
+    # A whole Whisper names its encoder's weights model.encoder.* or encoder.*.
+    inner = {r"^(model\.)?encoder\.": ""}
+    classes: dict[str, tuple[Any, str, dict | None]] = {
+        "whisper": (WhisperBlocks, "encoder_layers", inner),
+        "hubert": (transformers.HubertModel, "num_hidden_layers", None),
+        "data2vec-audio": (transformers.Data2VecAudioModel, "num_hidden_layers", None),
+    }
+    cls, num_layers, names = classes[config.model_type]
+    if layer > getattr(config, num_layers):
+        raise RepCodecError(f"layer={layer}: the model in {source} has layers 1 to {getattr(config, num_layers)}.")
+    setattr(config, num_layers, layer)
+    transformers.AttentionInterface.register("packed", _packed_attention)
     transformers.utils.logging.disable_progress_bar()
+    level = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()  # it would list every weight above `layer`
     try:
-        config = transformers.AutoConfig.from_pretrained(source)
-        # A whole Whisper names its encoder's weights model.encoder.* or encoder.*.
-        inner = {r"^(model\.)?encoder\.": ""}
-        classes: dict[str, tuple[Any, str, dict | None]] = {
-            "whisper": (WhisperBlocks, "encoder_layers", inner),
-            "hubert": (transformers.HubertModel, "num_hidden_layers", None),
-            "data2vec-audio": (transformers.Data2VecAudioModel, "num_hidden_layers", None),
-        }
-        if config.model_type not in classes:
-            raise RepCodecError(f"{source}: a {config.model_type} model; expected {', '.join(classes)}.")
-        cls, num_layers, names = classes[config.model_type]
-        if layer > getattr(config, num_layers):
-            raise RepCodecError(f"layer={layer}: the model in {source} has layers 1 to {getattr(config, num_layers)}.")
-        setattr(config, num_layers, layer)
-        level = transformers.utils.logging.get_verbosity()
-        transformers.utils.logging.set_verbosity_error()  # it would list every weight above `layer`
         model, report = cls.from_pretrained(
-            source, config=config, dtype=torch.float32, key_mapping=names, output_loading_info=True
-        )
+            source, config=config, dtype=torch.float32, key_mapping=names, output_loading_info=True,
+            attn_implementation="packed",
+        )  # fmt: skip
+    except Exception as error:  # transformers and what it reads the files with raise many kinds
+        raise _not_loadable(source, error) from error
+    finally:
         transformers.utils.logging.set_verbosity(level)
-    except (OSError, ValueError) as error:
-        raise RepCodecError(
-            f"{source}: no speech encoder could be loaded from there; without a network, save the model with "
-            f"transformers' save_pretrained elsewhere and give that folder with --model ({str(error).splitlines()[0]})"
-        ) from error
     # masked_spec_embed serves pre-training only, and some published files lack it.
     missing = [name for name in report["missing_keys"] if "masked_spec_embed" not in name]
     if missing:
         raise RepCodecError(f"{source}: the weights lack {missing[0]} and {len(missing) - 1} more; download it again.")
     return model
+
+
+def _read_config(source: str) -> Any:
+    """Read a model's configuration.
+
+    Raises:
+        RepCodecError: there is none, or it is of another family.
+    """
+    import huggingface_hub
+    import transformers
+
+    if source.startswith(("/", ".", "~")) and not Path(source).is_dir():
+        raise RepCodecError(
+            f"{source}: no such folder; give one that transformers' save_pretrained wrote, or a hub id."
+        )
+    huggingface_hub.utils.logging.set_verbosity_error()  # it would tell of every try without a network
+    try:
+        config = transformers.AutoConfig.from_pretrained(source)
+    except Exception as error:  # see _load_blocks
+        raise _not_loadable(source, error) from error
+    if config.model_type not in (known := ("whisper", "hubert", "data2vec-audio")):
+        raise RepCodecError(f"{source}: a {config.model_type} model; expected {', '.join(known)}.")
+    return config
+
+
+def _not_loadable(source: str, error: Exception) -> RepCodecError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return RepCodecError(
+        f"{source}: no speech encoder could be loaded from there; without a network, save the model with "
+        f"transformers' save_pretrained elsewhere and give that folder with --model ({reason})"
+    )

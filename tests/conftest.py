@@ -11,7 +11,7 @@ import torch
 
 from repcodec.codec import RepCodec
 from repcodec.errors import RepCodecError
-from repcodec.shards import write_shard
+from repcodec.shard_writer import write_shard
 
 DIM = 8
 FAST_CODEC = ["encoder.dim=8", "quantizer.codebook_size=16"]
@@ -26,7 +26,7 @@ def write_split(
     cuts = [round(len(lengths) / num_shards * rank) for rank in range(num_shards + 1)]
     for rank in range(num_shards):
         names = [f"spk/utt{i}.wav" for i in range(cuts[rank], cuts[rank + 1])]
-        about = {"root": "/audio", "frame_rate": 50, "utterances": names, **more}
+        about = {"root": "/audio", "frame_rate": 50, **more}
         with write_shard(folder, rank, num_shards, dim, about) as shard:
             for name, i in zip(names, range(cuts[rank], cuts[rank + 1]), strict=True):
                 shard.append(name, utterances[i])

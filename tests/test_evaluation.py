@@ -86,12 +86,11 @@ def test_codec_and_features_of_different_width_are_one_sentence(splits):
 
 
 def test_labels_that_fit_several_utterances_are_an_error(tmp_path, codec):
-    from repcodec.shards import write_shard
+    from repcodec.shard_writer import write_shard
 
     for split in ("train", "test"):
-        about = {"root": "", "frame_rate": 50, "utterances": ["s1/a.wav", "s2/a.wav"]}
-        with write_shard(tmp_path / split, 0, 1, DIM, about) as shard:
-            for name in about["utterances"]:
+        with write_shard(tmp_path / split, 0, 1, DIM, {"root": "", "frame_rate": 50}) as shard:
+            for name in ["s1/a.wav", "s2/a.wav"]:
                 shard.append(name, np.ones((5, DIM), dtype=np.float32))
     (tmp_path / "p.tsv").write_text("utt\tstart_s\tend_s\tphone\na\t0\t1\tx\n")
     with pytest.raises(RepCodecError, match="the labels of 'a' fit several utterances"):
