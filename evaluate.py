@@ -36,7 +36,7 @@ def compare(config: DictConfig) -> None:
     minutes = scored.lengths.sum() / config.encoder.frame_rate / 60
     facts = {
         "features": f"{config.encoder.name}, layer {config.layer}, width {config.encoder.dim}",
-        "set": f"{config.split}, {minutes:.1f} minutes, of {data.dir}",
+        "set": f"{config.split}, {minutes:.1f} minutes, of {data.source}",
     }
     write_report(run_dir, results, facts, data.phone_labels, read_curve(run_dir / "logs"))
     print_table(results, f"{facts['features']}: {config.split}")

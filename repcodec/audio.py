@@ -142,7 +142,7 @@ def _decode_m4a(path: Path | str) -> tuple[np.ndarray, int]:
         ) from error
     try:
         # From an open file and as this one format: a playlist in disguise cannot name other files or hosts.
-        with open(path, "rb") as file, av.open(file, format="mov") as container:
+        with open(path, "rb") as file, av.open(file, "r", format="mov") as container:
             stream = container.streams.audio[0]
             to_float = av.AudioResampler(format="fltp")
             frames = [out for frame in container.decode(stream) for out in to_float.resample(frame)]

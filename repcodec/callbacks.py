@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from tqdm import tqdm
 
 from repcodec.codec import RepCodec
-from repcodec.data import ShardsDataModule
+from repcodec.data import FeaturesDataModule
 from repcodec.module import CodecModule
 
 
@@ -42,13 +42,13 @@ class CodecStart(L.Callback):
         codec.quantizer.start(vectors, data.seed)
 
     @torch.no_grad()
-    def _vectors(self, codec: RepCodec, data: ShardsDataModule, device: torch.device) -> torch.Tensor:
+    def _vectors(self, codec: RepCodec, data: FeaturesDataModule, device: torch.device) -> torch.Tensor:
         """Return what the quantizer sees of up to `max_frames` frames of the training set: (N, C)."""
         total = min(self.max_frames, int(data.train.lengths.sum()))
         found: dict[int, torch.Tensor] = {}
         codec.eval()
         with tqdm(total=total, desc="Frames for k-means", unit="frame", unit_scale=True) as bar:
-            for batch in data.start_dataloader():
+            for batch in data.start_batches():
                 vectors = codec.vectors(batch.features.to(device), batch.lengths.to(device))
                 counts = -(-batch.lengths // codec.stride)
                 found |= dict(zip(batch.utterances.tolist(), vectors.split(counts.tolist()), strict=True))

@@ -1,15 +1,15 @@
-"""Feature shards as batches.
+"""Features as batches; out of feature shards here, out of sound in `audio_data.py`.
 
 Axes: B batch, T frames, D feature width. Which utterance stands in which batch, and where it is cropped,
 is decided by a sampler, from the seed and the batch's number alone: workers only copy, so their number
 changes nothing, and a resumed run goes on where the last one stopped.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import lightning as L
 import numpy as np
@@ -112,11 +112,11 @@ class CropSampler(Sampler):
 
 
 class ResumableLoader(DataLoader):
-    """A DataLoader over a CropSampler whose state is the number of batches given out."""
+    """A DataLoader over a sampler with a `position`; its state is the number of batches given out."""
 
     sampler: CropSampler
 
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # torch names its own iterator class
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch names its own iterator class
         """Yield batches up to the end of the epoch that the sampler stands in."""
         for batch in super().__iter__():
             self.sampler.position += 1
@@ -131,8 +131,17 @@ class ResumableLoader(DataLoader):
         self.sampler.position = state["position"]
 
 
-class ShardsDataModule(L.LightningDataModule):
-    """Training crops and whole validation and test utterances out of feature shards."""
+class FeaturesDataModule(L.LightningDataModule):
+    """Contract: training crops and whole validation and test utterances, as features of one speech encoder's layer.
+
+    Attributes:
+        dim: D.
+        encoder, layer: name of the speech encoder, and its layer.
+        source: where the features come from, for messages.
+        device: where features are computed, if they are, when there is no trainer.
+    """
+
+    source: str
 
     def __init__(
         self,
@@ -140,8 +149,6 @@ class ShardsDataModule(L.LightningDataModule):
         dim: int,
         encoder: str,
         layer: int,
-        root: str | None = None,
-        dir: str | None = None,
         labels: str | None = None,
         batch_size: int = 32,
         crop: int = 96,
@@ -149,13 +156,11 @@ class ShardsDataModule(L.LightningDataModule):
         num_workers: int = 0,
         whole_frames: int = 20_000,
     ):
-        """Describe where the splits train/, valid/ and test/ lie; nothing is opened yet.
+        """Take what all sources of features have; nothing is opened yet.
 
         Args:
             dim: D.
-            encoder, layer: of the features; they name the folder below `root`.
-            root: holds `<encoder>/l<layer>/<split>/`, as `repcodec extract` writes.
-            dir: holds `<split>/` itself, instead of `root`.
+            encoder, layer: of the features.
             labels: a table of phone labels, for evaluation.
             batch_size: crops a batch and rank.
             crop: T, frames a crop; a shorter utterance is padded and masked.
@@ -164,39 +169,36 @@ class ShardsDataModule(L.LightningDataModule):
             whole_frames: at most so many frames, padding included, in a batch of whole utterances.
 
         Raises:
-            RepCodecError: neither `root` nor `dir` is given, or a number is not positive.
+            RepCodecError: a number is not positive.
         """
         super().__init__()
         for name, value in (("batch_size", batch_size), ("crop", crop), ("whole_frames", whole_frames)):
             if value < 1:
                 raise RepCodecError(f"data.{name}={value}: expected at least 1.")
-        if dir is None and root is None:
-            raise RepCodecError("data.root and data.dir are both unset: say where the feature shards lie.")
         self.dim, self.encoder, self.layer = dim, encoder, layer
-        self.dir = Path(dir) if dir is not None else Path(str(root)) / encoder / f"l{layer}"
         self.labels = labels
         self.batch_size, self.crop, self.seed, self.num_workers = batch_size, crop, seed, num_workers
         self.whole_frames = whole_frames
+        self.device = torch.device("cpu")
 
-    def split(self, name: str) -> FeatureShards:
-        """Open a split.
+    def has_split(self, name: str) -> bool:
+        """Say whether there is a split of that name."""
+        raise NotImplementedError
+
+    def split(self, name: str) -> Any:
+        """Open a split: a `FeatureShards`, or what offers the same.
 
         Raises:
-            RepCodecError: it is missing or broken; the sentence says which command makes it.
+            RepCodecError: it is missing or broken.
         """
-        folder = self.dir / name
-        if not folder.is_dir():
-            raise RepCodecError(
-                f"{folder} does not exist: no {name} features of {self.encoder} layer {self.layer}; make them with "
-                f"`repcodec extract {name}.tsv ROOT --encoder {self.encoder} --layer {self.layer}` and data.root=ROOT, "
-                "or name another folder of splits with data.dir."
-            )
-        shards = FeatureShards(folder, self.dim)
-        shards.check_source(self.encoder, self.layer)
-        return shards
+        raise NotImplementedError
+
+    def dataset(self, split: Any, num_frames: int | None) -> Dataset:
+        """Return a dataset whose items are batches, asked for by (utterance, first frame) pairs; see ShardDataset."""
+        return ShardDataset(split, num_frames)
 
     @cached_property
-    def train(self) -> FeatureShards:
+    def train(self) -> Any:
         """The training split."""
         return self.split("train")
 
@@ -223,31 +225,80 @@ class ShardsDataModule(L.LightningDataModule):
         """Return random crops; an epoch takes every utterance about once, the next one goes on from there."""
         sampler = CropSampler(self.train.lengths, self.crop, self.batch_size, self.seed, *self._rank())
         return ResumableLoader(
-            ShardDataset(self.train, self.crop), sampler=sampler, batch_size=None, num_workers=self.num_workers
+            self.dataset(self.train, self.crop), sampler=sampler, batch_size=None, num_workers=self.num_workers
         )
 
     def val_dataloader(self) -> DataLoader:
         """Return the whole utterances of the validation split, this rank's share of them."""
-        return self.whole_utterances(self.split("valid"), *self._rank())
+        return self.whole_utterances(self.valid, *self._rank())
 
-    def start_dataloader(self) -> DataLoader:
+    @cached_property
+    def valid(self) -> Any:
+        """The validation split."""
+        return self.split("valid")
+
+    def start_batches(self) -> Iterable[Any]:
         """Return the whole utterances of the training split, all on this rank, in random order: to start a codec."""
         return self.whole_utterances(self.train, shuffle=True)
 
-    def whole_utterances(
-        self, shards: FeatureShards, rank: int = 0, world_size: int = 1, shuffle: bool = False
-    ) -> DataLoader:
+    def whole_utterances(self, split: Any, rank: int = 0, world_size: int = 1, shuffle: bool = False) -> DataLoader:
         """Return batches of whole utterances, this rank's share of them, each sorted by length."""
-        order = np.argsort(shards.lengths, kind="stable")
-        order = order[shards.lengths[order] > 0][rank::world_size]
+        order = np.argsort(split.lengths, kind="stable")
+        order = order[split.lengths[order] > 0][rank::world_size]
         batches: list[list[tuple[int, int]]] = [[]]
         for utterance in order.tolist():
-            if batches[-1] and (len(batches[-1]) + 1) * shards.lengths[utterance] > self.whole_frames:
+            if batches[-1] and (len(batches[-1]) + 1) * split.lengths[utterance] > self.whole_frames:
                 batches.append([])
             batches[-1].append((utterance, 0))
         if shuffle:
             batches = [batches[i] for i in np.random.default_rng(self.seed).permutation(len(batches))]
         if len(order) == 0:
             # Fewer utterances than ranks: an empty crop, so that all ranks meet where metrics are added up.
-            batches = [[(0, int(shards.lengths[0]))]]
-        return DataLoader(ShardDataset(shards, None), sampler=batches, batch_size=None)
+            batches = [[(0, int(split.lengths[0]))]]
+        return DataLoader(self.dataset(split, None), sampler=batches, batch_size=None)
+
+
+class ShardsDataModule(FeaturesDataModule):
+    """Batches out of feature shards."""
+
+    def __init__(
+        self, *, dim: int, encoder: str, layer: int, root: str | None = None, dir: str | None = None, **options
+    ):
+        """Describe where the splits train/, valid/ and test/ lie; nothing is opened yet.
+
+        Args:
+            dim: D.
+            encoder, layer: of the features; they name the folder below `root`.
+            root: holds `<encoder>/l<layer>/<split>/`, as `repcodec extract` writes.
+            dir: holds `<split>/` itself, instead of `root`.
+            options: see `FeaturesDataModule`.
+
+        Raises:
+            RepCodecError: neither `root` nor `dir` is given, or a number is not positive.
+        """
+        super().__init__(dim=dim, encoder=encoder, layer=layer, **options)
+        if dir is None and root is None:
+            raise RepCodecError("data.root and data.dir are both unset: say where the feature shards lie.")
+        self.dir = Path(dir) if dir is not None else Path(str(root)) / encoder / f"l{layer}"
+        self.source = str(self.dir)
+
+    def has_split(self, name: str) -> bool:
+        """Say whether there is a folder of that name."""
+        return (self.dir / name).is_dir()
+
+    def split(self, name: str) -> FeatureShards:
+        """Open a split.
+
+        Raises:
+            RepCodecError: it is missing or broken; the sentence says which command makes it.
+        """
+        folder = self.dir / name
+        if not folder.is_dir():
+            raise RepCodecError(
+                f"{folder} does not exist: no {name} features of {self.encoder} layer {self.layer}; make them with "
+                f"`repcodec extract {name}.tsv ROOT --encoder {self.encoder} --layer {self.layer}` and data.root=ROOT, "
+                "name another folder of splits with data.dir, or train from sound with data=audio."
+            )
+        shards = FeatureShards(folder, self.dim)
+        shards.check_source(self.encoder, self.layer)
+        return shards

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from repcodec.checkpoint import read_config
-from repcodec.data import SAMPLE_FRAMES, ShardsDataModule
+from repcodec.data import SAMPLE_FRAMES, FeaturesDataModule
 from repcodec.errors import RepCodecError
 from repcodec.kmeans import KMeansTokenizer
 from repcodec.labels import PhoneLabels
@@ -16,7 +16,7 @@ from repcodec.manifest import utterance_id
 from repcodec.metrics import CodeUsage, NormalizedError, PhoneAgreement
 from repcodec.quantizers import fit_centroids
 from repcodec.shards import FeatureShards
-from repcodec.tokenization import Tokenizer, encode_shards, utterance_features
+from repcodec.tokenization import Tokenizer, encode_shards
 
 
 @dataclass
@@ -71,7 +71,7 @@ class Result:
     joint: np.ndarray | None
 
 
-def fit_kmeans(data: ShardsDataModule, codebook_size: int, folder: Path) -> KMeansTokenizer:
+def fit_kmeans(data: FeaturesDataModule, codebook_size: int, folder: Path) -> KMeansTokenizer:
     """Fit the k-means baseline on the training split and save it; a saved one of the same features is taken.
 
     Raises:
@@ -80,7 +80,7 @@ def fit_kmeans(data: ShardsDataModule, codebook_size: int, folder: Path) -> KMea
     about = {
         "encoder": data.encoder,
         "layer": data.layer,
-        "features": str(data.dir),
+        "features": data.source,
         "frames": int(data.train.lengths.sum()),
         "manifest_sha256": data.train.manifest_sha256,
         "seed": data.seed,
@@ -100,7 +100,7 @@ def fit_kmeans(data: ShardsDataModule, codebook_size: int, folder: Path) -> KMea
 
 @torch.inference_mode()
 def evaluate(
-    tokenizer: Tokenizer, name: str, data: ShardsDataModule, split: str = "test", corpus: bool = False
+    tokenizer: Tokenizer, name: str, data: FeaturesDataModule, split: str = "test", corpus: bool = False
 ) -> Result:
     """Measure a tokenizer on a split.
 
@@ -117,12 +117,12 @@ def evaluate(
     """
     if tokenizer.dim != data.dim:
         raise RepCodecError(
-            f"{name} takes features of width {tokenizer.dim}, but {data.dir} holds width {data.dim}; "
+            f"{name} takes features of width {tokenizer.dim}, but {data.source} holds width {data.dim}; "
             "choose the encoder it was trained on with encoder=…"
         )
     splits = {split: data.split(split)}
     if corpus:
-        others = [other for other in ("train", "valid", "test") if other != split and (data.dir / other).is_dir()]
+        others = [other for other in ("train", "valid", "test") if other != split and data.has_split(other)]
         splits |= {other: data.split(other) for other in others}
     passes = {other: _run(tokenizer, shards, data, f"{name}, {other}") for other, shards in splits.items()}
     used = torch.stack([measured.usage.counts for measured in passes.values()]).sum(0) > 0
@@ -158,18 +158,17 @@ class _Pass:
     error: NormalizedError
 
 
-def _run(tokenizer: Tokenizer, shards: FeatureShards, data: ShardsDataModule, description: str) -> _Pass:
+def _run(tokenizer: Tokenizer, shards: FeatureShards, data: FeaturesDataModule, description: str) -> _Pass:
     error = NormalizedError(data.statistics.mean)
     usage = CodeUsage(tokenizer.num_codebooks, tokenizer.codebook_size)
     device = next(tokenizer.buffers()).device
     kept = []
-    for utterance, codes in enumerate(encode_shards(tokenizer, shards, description)):
+    for features, codes in encode_shards(tokenizer, shards, description):
         kept.append(codes)
         if codes.shape[1] == 0:
             continue
-        features = utterance_features(shards, utterance)
-        reconstruction = tokenizer.decode(codes[None].to(device))[:, : features.shape[1]].cpu()
-        error.update(reconstruction, features, torch.ones(features.shape[:2], dtype=torch.bool))
+        reconstruction = tokenizer.decode(codes[None].to(device))[0, : len(features)].cpu()
+        error.update(reconstruction, features, torch.ones(len(features), dtype=torch.bool))
         usage.update(codes[None])
     return _Pass(kept, usage, error)
 

@@ -3,7 +3,7 @@
 import json
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,10 +16,7 @@ from repcodec.errors import RepCodecError
 from repcodec.manifest import Manifest, check_lines, utterance_id
 from repcodec.shard_writer import write_shard
 from repcodec.shards import is_finished, num_shards_there, shard_path
-from repcodec.speech_encoders import EncoderSpec, SpeechEncoder
-
-BATCH_SECONDS = 100.0
-"""Seconds of sound that the speech encoder runs at once."""
+from repcodec.speech_encoders import BATCH_SECONDS, EncoderSpec, SpeechEncoder, batches_of
 
 READ_AHEAD = 2
 """Batches that are decoded while the speech encoder is at work on one."""
@@ -123,8 +120,8 @@ def extract(
         return
     if others := num_shards_there(folder) - {num_shards}:
         raise RepCodecError(
-            f"{folder}: shards of {max(others)} are there, but this would be one of {num_shards}; delete them, or go on "
-            f"with --shard I/{max(others)}."
+            f"{folder}: shards of {max(others)} are there, but this would be one of {num_shards}; delete them, or go "
+            f"on with --shard I/{max(others)}."
         )
     device = next(encoder.parameters()).device
     batches = batches_of(utterances.num_samples, batch_seconds)
@@ -148,19 +145,6 @@ def extract(
             tqdm.write(
                 f"{len(shard.skipped)} sounds were skipped: {shard_path(folder, rank, num_shards, '.skipped.tsv')}"
             )
-
-
-def batches_of(num_samples: Sequence[int], batch_seconds: float) -> list[list[int]]:
-    """Cut utterances, in their order, into batches of at most `batch_seconds` seconds of sound, at least one each."""
-    batches: list[list[int]] = []
-    room = 0.0
-    for utterance, samples in enumerate(num_samples):
-        if not batches or samples > room:
-            batches.append([])
-            room = batch_seconds * SAMPLE_RATE
-        batches[-1].append(utterance)
-        room -= samples
-    return batches
 
 
 def _read_ahead(

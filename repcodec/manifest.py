@@ -38,9 +38,50 @@ def check_lines(*names: str) -> None:
             raise RepCodecError(f"{name!r} holds a tab, a line break or a byte that is no UTF-8: rename it.")
 
 
+class SoundList:
+    """Contract: utterances of one split, and their sound.
+
+    Attributes:
+        paths: what names each utterance: a path below the audio root, or the id of a cut.
+        num_samples: samples an utterance has at 16 kHz, in the order of `paths`.
+    """
+
+    paths: Sequence[str]
+    num_samples: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def waveform(self, utterance: int) -> np.ndarray:
+        """Return the (S,) float32 waveform of an utterance at 16 kHz.
+
+        Raises:
+            RepCodecError: the sound is unreadable, or not as long as the list says.
+        """
+        raise NotImplementedError
+
+    def check_length(self, utterance: int, found: int, where: object) -> None:
+        """Refuse a sound of `found` samples where the list says another number, beyond `SAMPLE_TOLERANCE`.
+
+        Raises:
+            RepCodecError: names `where`.
+        """
+        expected = self.num_samples[utterance]
+        if abs(found - expected) > SAMPLE_TOLERANCE:
+            raise RepCodecError(
+                f"{where}: {found} samples at 16 kHz, but the list of sounds says {expected}; make the list again (a "
+                "manifest with `repcodec manifest`)."
+            )
+
+    def sha256(self) -> str:
+        """Return the hash of the listed utterances (not of the root, which may move)."""
+        text = "".join(f"{name}\t{samples}\n" for name, samples in zip(self.paths, self.num_samples, strict=True))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
 @dataclass(frozen=True)
-class Manifest:
-    """Utterances of one split.
+class Manifest(SoundList):
+    """Utterances of one split, in files below one folder.
 
     Attributes:
         root: the audio root.
@@ -53,9 +94,6 @@ class Manifest:
     paths: Sequence[str]
     num_samples: Sequence[int]
     skipped: dict[str, str] = field(default_factory=dict, compare=False)
-
-    def __len__(self) -> int:
-        return len(self.paths)
 
     def write(self, path: Path | str) -> None:
         """Write the published format.
@@ -106,24 +144,11 @@ class Manifest:
         return cls(Path(lines[0]), list(paths), list(paths.values()), skipped)
 
     def waveform(self, utterance: int) -> np.ndarray:
-        """Return the (S,) float32 waveform of an utterance at 16 kHz.
-
-        Raises:
-            RepCodecError: the sound is unreadable, or not as long as the manifest says.
-        """
-        path, expected = self.root / self.paths[utterance], self.num_samples[utterance]
+        """Read an utterance's file; see `SoundList`."""
+        path = self.root / self.paths[utterance]
         waveform = read_audio(path)
-        if abs(len(waveform) - expected) > SAMPLE_TOLERANCE:
-            raise RepCodecError(
-                f"{path}: {len(waveform)} samples at 16 kHz, but the manifest says {expected}; make the manifest again "
-                "with `repcodec manifest`."
-            )
+        self.check_length(utterance, len(waveform), path)
         return waveform
-
-    def sha256(self) -> str:
-        """Return the hash of the listed utterances (not of the root, which may move)."""
-        text = "".join(f"{name}\t{samples}\n" for name, samples in zip(self.paths, self.num_samples, strict=True))
-        return hashlib.sha256(text.encode()).hexdigest()
 
     def shard(self, rank: int, num_shards: int) -> "Manifest":
         """Return the utterances of shard `rank` of `num_shards`, by the published rule; `skipped` goes to the first.

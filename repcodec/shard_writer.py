@@ -57,8 +57,8 @@ class ShardWriter:
             rows = np.ascontiguousarray(features, dtype=self._dtype)
         if self._dtype.itemsize == 2 and np.isfinite(features).all() and not np.isfinite(rows).all():
             raise RepCodecError(
-                f"{utterance}: a feature is {np.abs(features).max():.6g}, more than float16 holds (65504); extract with "
-                "--dtype float32."
+                f"{utterance}: a feature is {np.abs(features).max():.6g}, more than float16 holds (65504); extract "
+                "with --dtype float32."
             )
         check_finite(rows, utterance)
         self._rows.write(rows.data)
@@ -180,8 +180,8 @@ def write_shard(
                 journal.unlink(missing_ok=True)
             if isinstance(error, OSError):
                 raise RepCodecError(
-                    f"{npy} could not be written ({error.strerror or error}): nothing that looks finished was left; free "
-                    "some space or choose a folder you may write to, then run the same command again."
+                    f"{npy} could not be written ({error.strerror or error}): nothing that looks finished was left; "
+                    "free some space or choose a folder you may write to, then run the same command again."
                 ) from error
             raise
 

@@ -42,6 +42,20 @@ def _numbered(folder: Path) -> Iterator[tuple[int, int, Path]]:
             yield int(match[1]), int(match[2]), path
 
 
+def check_source(where: object, found: tuple, expected: tuple) -> None:
+    """Refuse features of another (speech encoder, layer) than expected; None on either side is not compared.
+
+    Raises:
+        RepCodecError: they differ.
+    """
+    for name, one, other in zip(("speech encoder", "layer"), found, expected, strict=True):
+        if one is not None and other is not None and one != other:
+            raise RepCodecError(
+                f"{where}: features of {name} {one}, expected {other}; choose other features, or the encoder=… and "
+                "layer=… they are of."
+            )
+
+
 def check_finite(features: np.ndarray, source: object, first: int = 0, step: int = 1) -> None:
     """Refuse features (T, D) that hold NaN or infinity.
 
@@ -132,17 +146,8 @@ class FeatureShards:
         return FeatureShards, (self.folder, self.dim)
 
     def check_source(self, encoder: str | None, layer: int | None) -> None:
-        """Refuse features of another speech encoder or layer; shards without a .json, or None, are not compared.
-
-        Raises:
-            RepCodecError: they differ.
-        """
-        for name, found, expected in zip(("speech encoder", "layer"), self._source, (encoder, layer), strict=True):
-            if found is not None and expected is not None and found != expected:
-                raise RepCodecError(
-                    f"{self.folder}: features of {name} {found}, expected {expected}; choose other features, or the "
-                    "encoder=… and layer=… they are of."
-                )
+        """Refuse features of another speech encoder or layer; see `check_source`."""
+        check_source(self.folder, self._source, (encoder, layer))
 
     def check_manifest(self, names: Sequence[str], num_samples: Sequence[int]) -> None:
         """Refuse a manifest that does not list these utterances in this order.

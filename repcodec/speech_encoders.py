@@ -23,6 +23,9 @@ from repcodec.errors import RepCodecError
 HOP = 320
 """Samples a frame: 16,000 Hz / 320 = 50 frames per second."""
 
+BATCH_SECONDS = 100.0
+"""Seconds of sound that a speech encoder runs at once, unless told otherwise."""
+
 
 @dataclass(frozen=True)
 class EncoderSpec:
@@ -92,7 +95,8 @@ class SpeechEncoder(nn.Module):
         self.dim, self.layer = dim, layer
         self.frame_rate = SAMPLE_RATE / HOP
 
-    def num_frames(self, num_samples: int) -> int:
+    @classmethod
+    def num_frames(cls, num_samples: int) -> int:
         """Return T for S samples."""
         raise NotImplementedError
 
@@ -104,7 +108,7 @@ class SpeechEncoder(nn.Module):
     def forward(self, waveforms: Sequence[Tensor]) -> list[Tensor]:
         """Waveforms (S,) at 16 kHz, on the encoder's device -> the features (T, D) of each, float32.
 
-        Autocast is off, and so are TensorFloat-32 convolutions: features are what they are, however they are trained on.
+        Autocast is off, and so are TensorFloat-32 convolutions: training in mixed precision sees the same features.
         """
         device = next(self.parameters()).device
         with torch.autocast(device.type, enabled=False), _exact_convolutions(device):
@@ -171,14 +175,15 @@ class HubertEncoder(SpeechEncoder):
         self.norm: nn.Module = nn.Identity() if pre_norm else model.encoder.layer_norm
         self.blocks = model.encoder.layers
 
-    def num_frames(self, num_samples: int) -> int:
+    @classmethod
+    def num_frames(cls, num_samples: int) -> int:
         """Return T for S samples, chunk by chunk."""
-        full, rest = divmod(num_samples, self.CHUNK)
-        frames = full * self._chunk_frames(self.CHUNK)
-        return frames + (self._chunk_frames(rest) if rest >= self.RECEPTIVE_FIELD else 0)
+        full, rest = divmod(num_samples, cls.CHUNK)
+        return full * cls._chunk_frames(cls.CHUNK) + cls._chunk_frames(rest)
 
-    def _chunk_frames(self, num_samples: int) -> int:
-        return (num_samples - self.RECEPTIVE_FIELD) // HOP + 1
+    @classmethod
+    def _chunk_frames(cls, num_samples: int) -> int:
+        return max(0, (num_samples - cls.RECEPTIVE_FIELD) // HOP + 1)
 
     def segments(self, waveform: Tensor) -> list[Tensor]:
         """(S,) -> (T', D) of each chunk."""
@@ -215,7 +220,8 @@ class WhisperEncoder(SpeechEncoder):
         self.register_buffer("filters", torch.from_numpy(filters).float().T.contiguous(), persistent=False)
         self.register_buffer("window", torch.hann_window(self.WINDOW), persistent=False)
 
-    def num_frames(self, num_samples: int) -> int:
+    @classmethod
+    def num_frames(cls, num_samples: int) -> int:
         """Return T for S samples."""
         return num_samples // HOP
 
@@ -245,6 +251,19 @@ class WhisperEncoder(SpeechEncoder):
         from transformers.models.whisper.modeling_whisper import sinusoids
 
         return sinusoids(num_frames, self.dim).to(table)
+
+
+def batches_of(num_samples: Sequence[int], batch_seconds: float) -> list[list[int]]:
+    """Cut utterances, in their order, into batches of at most `batch_seconds` seconds of sound, at least one each."""
+    batches: list[list[int]] = []
+    room = 0.0
+    for utterance, samples in enumerate(num_samples):
+        if not batches or samples > room:
+            batches.append([])
+            room = batch_seconds * SAMPLE_RATE
+        batches[-1].append(utterance)
+        room -= samples
+    return batches
 
 
 def find_encoder(name: str, model: str | Path | None = None) -> EncoderSpec:

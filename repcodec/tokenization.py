@@ -62,27 +62,23 @@ def label(tokenizer: Tokenizer) -> str:
     return f"{kind} {several}{tokenizer.codebook_size}"
 
 
-def utterance_features(shards: FeatureShards, utterance: int) -> Tensor:
-    """Return one utterance (1, T, D) float32.
+@torch.inference_mode()
+def encode_shards(tokenizer: Tokenizer, shards: FeatureShards, description: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the features (T, D) and codes (K, T / stride) of every utterance in order; one without a frame has none.
 
     Raises:
         RepCodecError: a value is not finite.
     """
-    features = np.array(shards.features(utterance), dtype=np.float32)
-    check_finite(features, shards.where(utterance))
-    return torch.from_numpy(features)[None]
-
-
-@torch.inference_mode()
-def encode_shards(tokenizer: Tokenizer, shards: FeatureShards, description: str) -> Iterator[Tensor]:
-    """Yield the codes (K, T / stride) of every utterance in order; one without a frame has none."""
     device = next(tokenizer.buffers()).device
     with tqdm(total=int(shards.lengths.sum()), desc=description, unit="frame", unit_scale=True) as bar:
         for utterance, length in enumerate(shards.lengths):
             if length == 0:
-                yield torch.empty(tokenizer.num_codebooks, 0, dtype=torch.int64)
+                yield torch.empty(0, tokenizer.dim), torch.empty(tokenizer.num_codebooks, 0, dtype=torch.int64)
                 continue
-            yield tokenizer.encode(utterance_features(shards, utterance).to(device))[0].cpu()
+            values = np.array(shards.features(utterance), dtype=np.float32)
+            check_finite(values, shards.where(utterance))
+            features = torch.from_numpy(values)
+            yield features, tokenizer.encode(features[None].to(device))[0].cpu()
             bar.update(int(length))
 
 
@@ -105,5 +101,5 @@ def tokenize(tokenizer: Tokenizer, shards: FeatureShards, path: Path | str, name
         )
     if len(names) != len(shards):
         raise RepCodecError(f"{shards.folder}: {len(shards)} utterances, but {len(names)} names in the manifest.")
-    codes = (codes[0].numpy() for codes in encode_shards(tokenizer, shards, "Tokenizing"))
+    codes = (codes[0].numpy() for _, codes in encode_shards(tokenizer, shards, "Tokenizing"))
     write_tokens(path, root, zip(names, codes, strict=True))

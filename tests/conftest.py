@@ -81,3 +81,21 @@ def tiny_disk(tmp_path):
         yield folder
     finally:
         subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.fixture(scope="session")
+def speech(tmp_path_factory):
+    """Real speech: a demo corpus of a few sentences, with train.tsv, valid.tsv, test.tsv and phones.tsv."""
+    from repcodec.demo import build_corpus
+
+    folder = tmp_path_factory.mktemp("speech") / "corpus"
+    build_corpus(folder, sentences={"train": 7, "valid": 2, "test": 2})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def whisper_folder(tmp_path_factory):
+    """Whisper tiny.en's real weights, in transformers' format."""
+    from repcodec.demo_weights import convert_whisper_tiny_en
+
+    return convert_whisper_tiny_en(tmp_path_factory.mktemp("weights"))

@@ -9,9 +9,9 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "repcodec"
 LAYERS = [
-    {"errors", "files", "audio", "manifest", "shards", "shard_writer", "tokens", "labels"},
+    {"errors", "files", "audio", "manifest", "shards", "shard_writer", "cuts", "tokens", "labels"},
     {"speech_encoders", "stacks", "quantizers", "checkpoint", "codec", "kmeans", "metrics"},
-    {"data", "module", "callbacks"},
+    {"data", "audio_data", "module", "callbacks"},
     {"extraction", "tokenization", "evaluation", "report", "demo", "demo_weights"},
     {"cli"},
 ]

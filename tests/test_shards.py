@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 from conftest import refused
 
-from repcodec.errors import RepCodecError
 from repcodec.shard_writer import write_shard
 from repcodec.shards import FeatureShards, check_finite
 

@@ -1,0 +1,293 @@
+"""Sound that lhotse describes: CutSets, and Shar archives, local or remote (extra `audio`).
+
+lhotse's manifests and paths can name shell commands; none is ever run here.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from repcodec.audio import samples_at_16khz, to_mono_16khz
+from repcodec.errors import RepCodecError
+from repcodec.manifest import Manifest, SoundList
+
+MIXED_SHARDS = 4
+"""Shards of a Shar that are shuffled together; their sound is held in memory, encoded as it is stored."""
+
+
+def open_sounds(source: str | Mapping) -> "SoundList | Shar":
+    """Open a list of sounds.
+
+    Args:
+        source: a manifest (.tsv), a CutSet (.jsonl or .jsonl.gz, a path or a URL), a folder of Shar archives, or
+            {"cuts": …, "recording": …}, each a list of paths or URLs or one with a number range, as in
+            "https://host/cuts.{000000..000099}.jsonl.gz".
+
+    Raises:
+        RepCodecError: it is none of these, or it cannot be read.
+    """
+    if isinstance(source, Mapping):
+        if set(source) != {"cuts", "recording"}:
+            raise RepCodecError(f"a Shar needs the fields cuts and recording, found {', '.join(map(str, source))}.")
+        return Shar(_expand(source["cuts"]), _expand(source["recording"]))
+    if Path(source).is_dir():
+        cuts, recordings = (sorted(map(str, Path(source).glob(f"{name}.*"))) for name in ("cuts", "recording"))
+        return Shar(cuts, recordings)
+    if source.endswith(".tsv"):
+        return Manifest.read(source)
+    if source.endswith((".jsonl", ".jsonl.gz")):
+        return CutList(_read_cuts(source), source)
+    raise RepCodecError(
+        f"{source}: not a list of sounds; expected a manifest (.tsv), a lhotse CutSet (.jsonl, .jsonl.gz) or a folder "
+        "of Shar archives."
+    )
+
+
+class CutList(SoundList):
+    """Cuts, all known beforehand."""
+
+    root = ""
+
+    def __init__(self, cuts: Sequence[Any], source: str):
+        """Take lhotse cuts, and what messages call their set.
+
+        Raises:
+            RepCodecError: there is none, or two have one id.
+        """
+        self._cuts, self._source = cuts, source
+        self.paths = [cut.id for cut in cuts]
+        self.num_samples = [num_samples(cut) for cut in cuts]
+        if not cuts:
+            raise RepCodecError(f"{source}: the CutSet lists no cut.")
+        if len(set(self.paths)) < len(self.paths):
+            ordered = sorted(self.paths)
+            twice = next(one for one, other in pairwise(ordered) if one == other)
+            raise RepCodecError(f"{source}: two cuts have the id {twice!r}; rename one.")
+
+    def waveform(self, utterance: int) -> np.ndarray:
+        """Read a cut's sound; see `SoundList`."""
+        waveform = read_cut(self._cuts[utterance], self._source)
+        self.check_length(utterance, len(waveform), f"{self._source}, cut {self.paths[utterance]!r}")
+        return waveform
+
+
+def num_samples(cut: Any) -> int:
+    """Return how many samples a cut has at 16 kHz."""
+    return samples_at_16khz(cut.num_samples, cut.sampling_rate)
+
+
+def read_cut(cut: Any, source: str) -> np.ndarray:
+    """Return the (S,) float32 waveform of a cut at 16 kHz.
+
+    Raises:
+        RepCodecError: its sound cannot be read; names `source` and the cut.
+    """
+    from lhotse.audio.backend import set_current_audio_backend
+
+    where = f"{source}, cut {cut.id!r}"
+    # The one that never starts another program.
+    set_current_audio_backend("LibsndfileBackend")
+    try:
+        samples = cut.load_audio()
+    except Exception as error:  # lhotse and what it reads with raise many kinds
+        raise RepCodecError(f"{where}: the sound cannot be read ({_first_line(error)}).") from error
+    return to_mono_16khz(samples.T, cut.sampling_rate, where)
+
+
+class Shar:
+    """Shar archives, read one after another: what does not fit a list in memory, or lies on a far disk.
+
+    Attributes:
+        source: what messages call it.
+    """
+
+    def __init__(self, cuts: Sequence[str], recordings: Sequence[str]):
+        """Take the paths or URLs of the shards' cuts.*.jsonl.gz and recording.*.tar, in the same order.
+
+        Raises:
+            RepCodecError: there is none, their numbers differ, or one is a command.
+        """
+        for name in (*cuts, *recordings):
+            _check_name(name)
+        self.source = str(Path(cuts[0]).parent) if cuts else "the Shar"
+        if not cuts or len(cuts) != len(recordings):
+            raise RepCodecError(
+                f"{self.source}: {len(cuts)} files of cuts and {len(recordings)} of recordings; a Shar has one each a "
+                "shard."
+            )
+        self._shards = list(zip(cuts, recordings, strict=True))
+        self._sizes: dict[int, int] = {}
+
+    def whole(self) -> CutList:
+        """Read all of it into memory, encoded as it is stored: for sets that are small."""
+        return CutList([cut for shard in range(len(self._shards)) for cut in self.cuts(shard)], self.source)
+
+    def sample(self, seed: int, num_frames: int, frames_of: Callable[[int], int]) -> CutList:
+        """Read the first cuts of the random order into memory, until they have `num_frames` frames, or all.
+
+        Args:
+            frames_of: samples -> frames.
+        """
+        found: dict[str, Any] = {}
+        frames = 0
+        for _, cut in self.stream(seed):
+            if cut.id in found or frames >= num_frames:
+                break
+            found[cut.id] = cut
+            frames += frames_of(num_samples(cut))
+        return CutList(list(found.values()), self.source)
+
+    def stream(
+        self, seed: int, start: int = 0, wanted: Callable[[int], bool] = lambda place: True
+    ) -> Iterator[tuple[int, Any]]:
+        """Yield (place, cut) of an endless random order, from place `start` on, only those wanted.
+
+        Which cut stands at which place is a function of the seed alone: shards are shuffled anew each time all were
+        read, and so are the cuts of `MIXED_SHARDS` of them together. The next ones are read meanwhile. Sound is kept
+        encoded, and only of what is wanted, but all of it is read past.
+        """
+        pool = ThreadPoolExecutor(1)
+        try:
+            waiting = None
+            for group in self._groups(seed, start):
+                following = pool.submit(self._read, *group, start, wanted)
+                if waiting is not None:
+                    yield from waiting.result()
+                waiting = following
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _groups(self, seed: int, start: int) -> Iterator[tuple[int, list[int], np.ndarray]]:
+        """Yield the first place, the shards, and the places of the cuts, of each group that ends after `start`."""
+        place = 0
+        for epoch in count():
+            order = np.random.default_rng([seed, epoch]).permutation(len(self._shards)).tolist()
+            for first in range(0, len(order), MIXED_SHARDS):
+                shards = order[first : first + MIXED_SHARDS]
+                total = sum(self._size(shard) for shard in shards)
+                if place + total > start:
+                    yield place, shards, np.random.default_rng([seed, epoch, first]).permutation(total)
+                place += total
+            if place == 0:
+                raise RepCodecError(f"{self.source}: the Shar holds no cut.")
+
+    def _read(
+        self, first: int, shards: list[int], places: np.ndarray, start: int, wanted: Callable[[int], bool]
+    ) -> list[tuple[int, Any]]:
+        cuts = (cut for shard in shards for cut in self.cuts(shard))
+        found = [
+            (place, cut)
+            for place, cut in zip((first + places).tolist(), cuts, strict=True)
+            if place >= start and wanted(place)
+        ]
+        return sorted(found, key=lambda pair: pair[0])
+
+    def cuts(self, shard: int) -> Iterator[Any]:
+        """Yield the cuts of a shard as they are stored, their sound in memory.
+
+        Raises:
+            RepCodecError: the shard cannot be read, or is cut off.
+        """
+        manifest, archive = self._shards[shard]
+        found = 0
+        for cut in _guarded(lambda: _cutset().from_shar(fields={"cuts": [manifest], "recording": [archive]}), archive):
+            found += 1
+            yield _checked(cut, archive)
+        if found != self._size(shard):
+            raise RepCodecError(
+                f"{archive}: sound of {found} cuts, but {manifest} lists {self._size(shard)}; copy it again."
+            )
+
+    def _size(self, shard: int) -> int:
+        """Return how many cuts a shard lists."""
+        if shard not in self._sizes:
+            self._sizes[shard] = sum(1 for _ in _guarded_lines(self._shards[shard][0]))
+        return self._sizes[shard]
+
+
+def _read_cuts(source: str) -> list[Any]:
+    """Read a CutSet.
+
+    Raises:
+        RepCodecError: it cannot be read, or holds something else than plain cuts of recordings.
+    """
+    _check_name(source)
+    return [_checked(cut, source) for cut in _guarded(lambda: _cutset().from_jsonl_lazy(source), source)]
+
+
+def _cutset() -> Any:
+    """Import lhotse's CutSet: with core dependencies only, it is not there."""
+    from lhotse import CutSet
+
+    return CutSet
+
+
+def _checked(cut: Any, source: str) -> Any:
+    """Refuse a cut whose sound is not simply read: a mixture, none at all, or one that a command makes."""
+    sources = getattr(getattr(cut, "recording", None), "sources", None)
+    if not sources:
+        raise RepCodecError(
+            f"{source}: {getattr(cut, 'id', 'an entry')!r} is no cut of one recording; save mixed cuts as sound first."
+        )
+    for one in sources:
+        if one.type not in ("file", "url", "memory") or str(one.source)[:5] == "pipe:":
+            raise RepCodecError(
+                f"{source}: cut {cut.id!r} has its sound from a {one.type}, which is not read; expected file or url."
+            )
+    return cut
+
+
+def _guarded(make: Callable[[], Any], source: str) -> Iterator[Any]:
+    """Yield what lhotse reads from `source`, its errors as one sentence.
+
+    Raises:
+        RepCodecError: lhotse is missing, or cannot read it.
+    """
+    try:
+        yield from make()
+    except ImportError as error:
+        raise RepCodecError(f"{source}: reading it needs lhotse: pip install 'repcodec[audio]'.") from error
+    except RepCodecError:
+        raise
+    except Exception as error:  # lhotse and what it reads with raise many kinds
+        raise RepCodecError(f"{source}: not a readable list of cuts ({_first_line(error)}).") from error
+
+
+def _guarded_lines(source: str) -> Iterator[str]:
+    """Yield the lines of a text file, local or remote, packed or not, that hold something."""
+
+    def lines() -> Iterator[str]:
+        from lhotse.serialization import open_best
+
+        with open_best(source, "r") as file:
+            yield from (line for line in file if line.strip())
+
+    return _guarded(lines, source)
+
+
+def _check_name(source: str) -> None:
+    """Refuse what lhotse would run in a shell."""
+    if source.startswith("pipe:"):
+        raise RepCodecError(f"{source}: shell commands are not run; give a path or a URL.")
+
+
+def _expand(names: str | Sequence[str]) -> list[str]:
+    """Return a list of names as it is, or the names that one with a range {first..last} stands for."""
+    if not isinstance(names, str):
+        return [str(name) for name in names]
+    before, brace, rest = names.partition("{")
+    numbers, _, after = rest.partition("}")
+    first, _, last = numbers.partition("..")
+    if not brace:
+        return [names]
+    if not (first.isdecimal() and last.isdecimal()):
+        raise RepCodecError(f"{names}: expected a range of numbers in braces, such as {{000000..000099}}.")
+    return [f"{before}{number:0{len(first)}d}{after}" for number in range(int(first), int(last) + 1)]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
