@@ -11,6 +11,7 @@ from repcodec.checkpoint import read_config
 from repcodec.errors import RepCodecError, one_sentence
 from repcodec.evaluation import evaluate, fit_kmeans
 from repcodec.report import print_table, read_curve, write_report
+from repcodec.speech_encoders import EncoderSpec
 from repcodec.tokenization import label, load_tokenizer, usable_device
 
 
@@ -18,10 +19,11 @@ def compare(config: DictConfig) -> None:
     """Evaluate every tokenizer, print the table and write the report."""
     for folder in config.tokenizers:
         read_config(folder)  # a misspelt folder is told before any features are made
+    EncoderSpec(**config.encoder).valid_layer(config.layer)
     data = instantiate(config.data)
+    device = data.device = usable_device(config.device)
     data.prepare_data()
     run_dir = Path(config.run_dir)
-    device = usable_device(config.device)
     scored = data.split(config.split)
     tokenizers = [(folder, load_tokenizer(folder, scored)) for folder in config.tokenizers]
     # A folder's name tells codecs apart only where there are several.

@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
 
 from repcodec.errors import RepCodecError, one_sentence
+from repcodec.speech_encoders import EncoderSpec
 
 log = logging.getLogger("repcodec")
 # Advice about workers and intervals that do not fit batches read from a memory map.
@@ -26,6 +27,7 @@ def train(config: DictConfig) -> float:
     """Train as configured; return the best validation's normalized reconstruction error."""
     if config.ckpt_path is not None and not Path(config.ckpt_path).is_file():
         raise RepCodecError(f"ckpt_path={config.ckpt_path}: no such checkpoint; a run has its own in checkpoints/.")
+    EncoderSpec(**config.encoder).valid_layer(config.layer)
     L.seed_everything(config.seed, workers=True, verbose=False)
     run_dir = Path(config.run_dir)
     data = instantiate(config.data)

@@ -128,6 +128,8 @@ def extract(
     seconds = [sum(utterances.num_samples[i] for i in batch) / SAMPLE_RATE for batch in batches]
     with write_shard(folder, rank, num_shards, encoder.dim, about, dtype, with_skipped=skip_bad) as shard:
         done = shard.num_batches
+        if shard.differs:
+            tqdm.write(f"an unfinished shard was made otherwise ({', '.join(shard.differs)}): begun anew")
         for where, reason in utterances.skipped.items() if done == 0 else ():
             shard.skip(where, reason)
         with tqdm(total=sum(seconds), initial=sum(seconds[:done]), desc=description, unit="s", unit_scale=True) as bar:

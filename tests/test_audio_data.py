@@ -28,16 +28,20 @@ ROOT = Path(__file__).parent.parent
 LAYER = 2
 
 
-@pytest.fixture(scope="session")
-def features(speech, whisper_folder, tmp_path_factory):
+def extracted(speech, whisper_folder, root, dtype):
     """Feature shards of the speech, as `repcodec extract` makes them."""
-    root = tmp_path_factory.mktemp("features")
     spec = encoder_table()["whisper_tiny_en"]
     encoder = load_speech_encoder(spec, LAYER, whisper_folder)
     for split in ("train", "valid", "test"):
         manifest = Manifest.read(speech / f"{split}.tsv")
-        extract(manifest, feature_folder(root, "whisper_tiny_en", LAYER, split), spec, encoder)
+        extract(manifest, feature_folder(root, "whisper_tiny_en", LAYER, split), spec, encoder, dtype=dtype)
     return root
+
+
+@pytest.fixture(scope="session")
+def features(speech, whisper_folder, tmp_path_factory):
+    """Feature shards of the speech in float32."""
+    return extracted(speech, whisper_folder, tmp_path_factory.mktemp("features"), "float32")
 
 
 @pytest.fixture
@@ -138,6 +142,21 @@ def test_training_does_not_notice_where_features_come_from(trained):
             assert (value == "") == (other[name] == "")
             if value:
                 assert float(value) == pytest.approx(float(other[name]), rel=1e-3), name
+
+
+def test_float16_shards_train_to_the_same_result_and_halve_the_disk(
+    trained, speech, whisper_folder, features, tmp_path
+):
+    extracted(speech, whisper_folder, tmp_path / "half", "float16")
+    sizes = [sum(path.stat().st_size for path in root.rglob("*.npy")) for root in (tmp_path / "half", features)]
+    assert sizes[0] == pytest.approx(sizes[1] / 2, rel=1e-2)
+    run_here(speech, whisper_folder, tmp_path / "run", f"data.root='{tmp_path}/half'", data="shards")
+    half, full = metrics(tmp_path / "run"), metrics(trained / "shards")
+    for one, other in zip(half, full, strict=True):
+        for name in ("train/loss", "valid/normalized_error"):
+            if other[name]:
+                assert float(one[name]) == pytest.approx(float(other[name]), rel=2e-3)
+    assert [row["train/loss"] for row in half] != [row["train/loss"] for row in full]
 
 
 def test_a_checkpoint_holds_the_speech_encoders_identity_but_not_its_weights(trained, whisper_folder):

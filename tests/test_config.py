@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from repcodec.data import ShardsDataModule
+from repcodec.data import FeaturesDataModule
 
 CONF = Path(__file__).parent.parent / "conf"
 OPTIONS = [
@@ -28,9 +28,14 @@ WIDTHS = {"hubert_base": 768, "hubert_large": 1024, "data2vec_base": 768, "data2
 def configuration(*overrides, name="train"):
     with initialize_config_dir(str(CONF), version_base="1.3"):
         # Only a Hydra run has an output folder.
-        config = compose(name, [*overrides, "run_dir=/tmp/run", "run=test"])
+        config = compose(name, [*overrides, *required(overrides), "run_dir=/tmp/run", "run=test"])
     OmegaConf.resolve(config)
     return config
+
+
+def required(overrides):
+    """What an option cannot do without."""
+    return ["data.train=train.tsv", "data.valid=valid.tsv"] if "data=audio" in overrides else []
 
 
 def targets(node):
@@ -51,11 +56,12 @@ def check_arguments(node):
     if node._target_ == "datetime.timedelta":  # built in: Python knows no signature of it
         instantiate(node)
         return
-    signature = inspect.signature(get_object(node._target_))
-    if node._target_ == "repcodec.demo.DemoDataModule":  # hands its other options on
+    target = get_object(node._target_)
+    signature = inspect.signature(target)
+    if inspect.isclass(target) and issubclass(target, FeaturesDataModule):  # they hand their other options on
         signature.bind(**dict.fromkeys(arguments))
-        known = {*signature.parameters, *inspect.signature(ShardsDataModule).parameters}
-        assert set(arguments) <= known
+        known = {name for cls in target.__mro__ for name in inspect.signature(cls.__init__).parameters}
+        assert set(arguments) <= known - {"options", "kwargs"}
     elif node.get("_partial_"):
         signature.bind_partial(**dict.fromkeys(arguments))
     else:
@@ -147,7 +153,8 @@ def test_everything_that_needs_no_gpu_and_no_hub_is_made(group, option, tmp_path
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("train", ["encoder=whisper_tiny_en", f"{group}={option}", f"run_dir={tmp_path}", "run=test"])
+        overrides = ["encoder=whisper_tiny_en", f"{group}={option}"]
+        config = compose("train", [*overrides, *required(overrides), f"run_dir={tmp_path}", "run=test"])
     node = config[group]
     parts = [node] if "_target_" in node else list(node.values()) if group in ("logger", "callbacks") else []
     for part in parts:

@@ -125,7 +125,7 @@ def test_nan_in_a_worker_is_one_sentence(splits, tmp_path):
 
 
 def test_start_batches_cover_the_training_split(splits):
-    seen = [int(u) for batch in module(splits, whole_frames=60).start_dataloader() for u in batch.utterances]
+    seen = [int(u) for batch in module(splits, whole_frames=60).start_batches() for u in batch.utterances]
     assert sorted(seen) == list(range(8))
     assert isinstance(module(splits), L.LightningDataModule)
 

@@ -264,12 +264,27 @@ def test_rows_that_never_reached_the_disk_are_made_again(tmp_path):
     assert content(tmp_path / "x") == content(tmp_path / "whole")
 
 
+def test_rows_that_the_disk_lost_are_made_again(tmp_path):
+    write_batches(tmp_path / "whole")
+    with pytest.raises(RuntimeError):
+        write_batches(tmp_path / "x", 2)
+    partial = tmp_path / "x" / ".0_1.npy.partial"
+    content_before = partial.read_bytes()
+    partial.write_bytes(content_before[:-40] + bytes(40))  # as long as before, but zeros in the second batch
+
+    assert write_batches(tmp_path / "x") == 1
+    assert content(tmp_path / "x") == content(tmp_path / "whole")
+
+
 def test_what_another_kind_of_shard_left_is_not_taken(tmp_path):
     other = ABOUT | {"layer": 3}
     write_batches(tmp_path / "whole", about=other)
     with pytest.raises(RuntimeError):
         write_batches(tmp_path / "x", 1)
 
+    with write_shard(tmp_path / "y", 0, 1, DIM, other) as shard:
+        assert shard.differs == []
+        shard.append("a.wav", random(3, DIM))
     assert write_batches(tmp_path / "x", about=other) == 0
     assert content(tmp_path / "x") == content(tmp_path / "whole")
 

@@ -48,7 +48,7 @@ def test_labels_tell_kinds_and_sizes_apart():
 
 def test_strided_codec_gives_fewer_codes(shards):
     codec = RepCodec(DIM, enc_strides=(2, 1), dec_strides=(1, 2), codebook_size=16).eval()
-    counts = [codes.shape[1] for codes in encode_shards(codec, shards, "")]
+    counts = [codes.shape[1] for _, codes in encode_shards(codec, shards, "")]
     assert counts == [5, 1, 0, 7, 3]
 
 

@@ -18,6 +18,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from repcodec.codec import RepCodec
+from repcodec.errors import RepCodecError
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -302,3 +303,9 @@ def test_full_disk_is_one_sentence(splits, tiny_disk):
     sentence = one_sentence(run(splits, tiny_disk / "run", "encoder.dim=8", "quantizer.codebook_size=4096"))
     assert "No space left" in sentence
     assert not list(tiny_disk.rglob("config.json")), "no codec that looks finished"
+
+
+@pytest.mark.parametrize("layer", [0, 13])
+def test_layer_outside_the_encoder_names_the_valid_range(splits, tmp_path, layer):
+    with pytest.raises(RepCodecError, match=f"layer={layer}: hubert_base has layers 1 to 12"):
+        run_here(splits, tmp_path / "run", f"layer={layer}")
