@@ -45,15 +45,15 @@ def make_manifest(folder: Path | str, skip_bad: bool = False) -> Manifest:
     skipped: dict[str, str] = {}
     ids: dict[str, str] = {}
 
-    def samples(path: Path) -> int | RepCodecError:
+    def samples(name: str) -> int | RepCodecError:
         try:
-            check_lines(path.name)
-            return num_samples_at_16khz(path)
+            check_lines(name)
+            return num_samples_at_16khz(root / name)
         except RepCodecError as error:
             return error
 
     with ThreadPoolExecutor(4 * _num_cores()) as pool:
-        counts = tqdm(pool.map(samples, files), total=len(files), desc="Reading sound headers", unit="file")
+        counts = tqdm(pool.map(samples, names), total=len(files), desc="Reading sound headers", unit="file")
         for name, path, found in zip(names, files, counts, strict=True):
             if not isinstance(found, RepCodecError) and (first := ids.setdefault(utterance_id(name), name)) != name:
                 found = RepCodecError(f"{path}: has the id of {first}; ids are paths without endings, rename one.")

@@ -1,9 +1,20 @@
+import os
+import sys
+
+import av
 import numpy as np
 import pytest
 import soundfile
 from conftest import refused
 
-from repcodec.audio import SAMPLE_RATE, find_sound_files, num_samples_at_16khz, read_audio, resample
+from repcodec.audio import (
+    SAMPLE_RATE,
+    find_sound_files,
+    num_samples_at_16khz,
+    read_audio,
+    resample,
+    samples_at_16khz,
+)
 from repcodec.errors import RepCodecError
 
 
@@ -14,6 +25,17 @@ def noise(num_samples, channels=1):
 
 def sine(hertz, seconds, rate):
     return 0.5 * np.sin(2 * np.pi * hertz * np.arange(int(seconds * rate)) / rate)
+
+
+def write_m4a(path, samples, rate, layout="mono", **options):
+    """Encode (channels, S) or (S,) samples as AAC, as phones and recorders do."""
+    with av.open(str(path), "w", format="ipod", options=options) as container:
+        stream = container.add_stream("aac", rate=rate, layout=layout)
+        block = np.atleast_2d(samples).astype(np.float32)
+        frame = av.AudioFrame.from_ndarray(block, format="fltp", layout=layout)
+        frame.sample_rate, frame.pts = rate, 0
+        for packet in [*stream.encode(frame), *stream.encode(None)]:
+            container.mux(packet)
 
 
 def test_a_float_file_at_16_khz_is_read_unchanged(tmp_path):
@@ -174,6 +196,80 @@ def test_a_folder_is_refused(tmp_path, read):
         read(tmp_path)
 
 
+@pytest.mark.parametrize("rate", [8_000, 11_025, 12_000, 15_999, 16_000, 22_050, 24_000, 32_000, 37_800, 44_056,
+                                  44_100, 48_000, 88_200, 96_000, 192_000])  # fmt: skip
+def test_samples_at_16_khz_are_as_many_as_resampling_gives(rate):
+    lengths = [*range(150), *np.random.default_rng(rate).integers(150, 200_000, 30).tolist()]
+
+    counted = [samples_at_16khz(length, rate) for length in lengths]
+
+    assert counted == [len(resample(np.zeros(length, np.float32), rate)) for length in lengths]
+
+
+# .m4a
+
+
+@pytest.mark.parametrize("rate", [16_000, 44_100, 48_000])
+@pytest.mark.parametrize("layout", ["mono", "stereo"])
+def test_an_m4a_gives_its_tone_back(tmp_path, rate, layout):
+    tone = sine(440, 3, rate)
+    write_m4a(tmp_path / "a.M4A", tone if layout == "mono" else np.stack([tone, tone]), rate, layout)
+
+    read = read_audio(tmp_path / "a.M4A")
+
+    assert read.dtype == np.float32 and read.ndim == 1
+    assert len(read) == pytest.approx(48_000, rel=0.02)
+    assert num_samples_at_16khz(str(tmp_path / "a.M4A")) == len(read)
+    middle = read[8_000:24_000]  # one second: bins are 1 Hz apart
+    assert np.abs(np.fft.rfft(middle)).argmax() == 440
+    assert np.sqrt(np.mean(middle**2)) == pytest.approx(0.5 / np.sqrt(2), rel=0.03)
+
+
+@pytest.mark.parametrize("read", [read_audio, num_samples_at_16khz])
+@pytest.mark.parametrize("content", [b"", b"this is no sound\n" * 50, b"#EXTM3U\nfile:///etc/hostname\n", bytes(5000)])
+def test_what_is_no_m4a_is_refused(tmp_path, read, content):
+    (tmp_path / "a.m4a").write_bytes(content)
+
+    with refused(tmp_path / "a.m4a", "not a readable sound file"):
+        read(tmp_path / "a.m4a")
+
+
+@pytest.mark.parametrize("read", [read_audio, num_samples_at_16khz])
+@pytest.mark.parametrize("options", [{}, {"movflags": "faststart"}])  # the table of contents at the end, or in front
+@pytest.mark.parametrize("kept", [0.01, 0.3, 0.5, 0.9])
+def test_a_cut_off_m4a_is_refused(tmp_path, read, options, kept):
+    write_m4a(tmp_path / "whole.m4a", noise(64_000), 16_000, **options)
+    content = (tmp_path / "whole.m4a").read_bytes()
+    (tmp_path / "a.m4a").write_bytes(content[: int(len(content) * kept)])
+
+    with refused(tmp_path / "a.m4a", "not a readable sound file"):
+        read(tmp_path / "a.m4a")
+
+
+def test_an_m4a_of_a_picture_only_is_refused(tmp_path):
+    with av.open(str(tmp_path / "a.m4a"), "w", format="mp4") as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.width = stream.height = 64
+        frame = av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")
+        for packet in [*stream.encode(frame), *stream.encode(None)]:
+            container.mux(packet)
+
+    with refused(tmp_path / "a.m4a", "not a readable sound file"):
+        read_audio(tmp_path / "a.m4a")
+
+
+@pytest.mark.parametrize("read", [read_audio, num_samples_at_16khz])
+def test_an_m4a_without_pyav_says_what_to_install(tmp_path, monkeypatch, read):
+    write_m4a(tmp_path / "a.m4a", noise(16_000), 16_000)
+    monkeypatch.setitem(sys.modules, "av", None)
+
+    with refused(tmp_path / "a.m4a", "pip install 'repcodec[audio]'"):
+        read(tmp_path / "a.m4a")
+
+
+# Finding
+
+
 def test_sound_files_are_found_in_any_depth_sorted_and_by_ending(tmp_path):
     for name in ["b.wav", "a/z.flac", "a/b/c.MP3", "a/notes.txt", "a/z.tsv", "wav"]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -183,6 +279,29 @@ def test_sound_files_are_found_in_any_depth_sorted_and_by_ending(tmp_path):
     found = [path.relative_to(tmp_path).as_posix() for path in find_sound_files(tmp_path)]
 
     assert found == ["a/b/c.MP3", "a/z.flac", "b.wav"]
+
+
+def test_links_are_followed_and_a_cycle_of_them_ends(tmp_path):
+    for name in ["root/a/one.wav", "elsewhere/deep/two.flac", "elsewhere/three.m4a"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    root = tmp_path / "root"
+    os.symlink(tmp_path / "elsewhere", root / "link")
+    os.symlink(root, tmp_path / "elsewhere" / "deep" / "back")
+    os.symlink(tmp_path / "elsewhere" / "three.m4a", root / "b.m4a")
+    os.symlink(tmp_path / "nowhere.wav", root / "broken.wav")
+
+    found = [path.relative_to(root).as_posix() for path in find_sound_files(root)]
+
+    assert found == ["a/one.wav", "b.m4a", "link/deep/two.flac", "link/three.m4a"]
+
+
+def test_a_folder_that_is_linked_to_again_is_listed_once(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "one.wav").touch()
+    os.symlink(tmp_path / "a", tmp_path / "b")
+
+    assert find_sound_files(tmp_path) == [tmp_path / "a" / "one.wav"]
 
 
 def test_a_folder_without_sound_is_refused(tmp_path):

@@ -1,7 +1,9 @@
+import os
+
 import pytest
 
 from repcodec.errors import RepCodecError
-from repcodec.files import atomic_write
+from repcodec.files import atomic_write, locked
 
 
 def test_text_is_written_as_utf8_with_plain_line_ends(tmp_path):
@@ -118,3 +120,44 @@ def test_a_full_disk_leaves_the_old_file(tiny_disk):
         file.write("x" * 200_000)
 
     assert [(path.name, path.read_text()) for path in tiny_disk.iterdir()] == [("a", "old")]
+
+
+# Locks
+
+
+def test_a_lock_names_its_process_and_is_gone_afterwards(tmp_path):
+    with locked(tmp_path / "x" / "a.npy"):
+        assert (tmp_path / "x" / ".a.npy.lock").read_text() == f"{os.getpid()}\n"
+
+    assert not list((tmp_path / "x").iterdir())
+
+
+def test_a_lock_is_gone_after_a_failure(tmp_path):
+    with pytest.raises(RuntimeError), locked(tmp_path / "a.npy"):
+        raise RuntimeError
+
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_second_taker_is_refused_by_the_firsts_process_id_and_harms_nothing(tmp_path):
+    with locked(tmp_path / "a.npy"):
+        for _ in range(2):
+            with pytest.raises(RepCodecError, match=f"process {os.getpid()} is making it"), locked(tmp_path / "a.npy"):
+                pass
+        assert (tmp_path / ".a.npy.lock").exists()
+    with locked(tmp_path / "b.npy"), locked(tmp_path / "a.npy"):
+        pass
+
+
+def test_a_lock_that_a_killed_process_left_holds_nobody_up(tmp_path):
+    (tmp_path / ".a.npy.lock").write_text("999999\n")
+
+    with locked(tmp_path / "a.npy"):
+        assert (tmp_path / ".a.npy.lock").read_text() == f"{os.getpid()}\n"
+
+
+def test_an_unwritable_folder_cannot_be_locked(tmp_path):
+    (tmp_path / "file").touch()
+
+    with pytest.raises(RepCodecError, match="could not be written"), locked(tmp_path / "file" / "a.npy"):
+        pass

@@ -62,6 +62,58 @@ def test_a_line_that_is_not_path_tab_samples_is_refused_by_number(tmp_path, line
         Manifest.read(tmp_path / "train.tsv")
 
 
+def test_two_paths_with_the_same_id_are_refused_by_both_names_and_the_line(tmp_path):
+    (tmp_path / "train.tsv").write_text("/audio\nx/a.wav\t16000\nx/b.wav\t16000\nx/a.flac\t16000\n")
+
+    with refused(tmp_path / "train.tsv", "line 4", "x/a.flac", "x/a.wav"):
+        Manifest.read(tmp_path / "train.tsv")
+
+
+def test_the_same_path_twice_is_refused(tmp_path):
+    (tmp_path / "train.tsv").write_text("/audio\na.wav\t16000\na.wav\t16000\n")
+
+    with refused(tmp_path / "train.tsv", "line 3", "a.wav"):
+        Manifest.read(tmp_path / "train.tsv")
+
+
+def test_paths_that_only_look_alike_are_not_the_same_id(tmp_path):
+    whole = Manifest(Path("/audio"), ["a.b.wav", "a.wav", "x/a.wav", "x.a/a.wav", "A.wav"], [1, 2, 3, 4, 5])
+    whole.write(tmp_path / "train.tsv")
+
+    assert Manifest.read(tmp_path / "train.tsv") == whole
+
+
+def test_bad_lines_can_be_skipped_and_are_noted(tmp_path):
+    lines = ["/audio", "é a.wav\t16000", "no samples", "tab\tin.wav\t16000", "b.wav\t3", "b.flac\t3", "", "c.wav\t5"]
+    (tmp_path / "train.tsv").write_text("\n".join(lines), encoding="utf-8")
+
+    read = Manifest.read(tmp_path / "train.tsv", skip_bad=True)
+
+    assert read == Manifest(Path("/audio"), ["é a.wav", "b.wav", "c.wav"], [16000, 3, 5])
+    assert list(read.skipped) == ["line 3", "line 4", "line 6", "line 7"]
+    for line, fragments in {
+        "line 3": ["'no samples'"],
+        "line 4": [repr("tab\tin.wav\t16000"), "a path cannot hold a tab"],
+        "line 6": ["b.flac", "b.wav"],
+        "line 7": ["''"],
+    }.items():
+        assert all(fragment in read.skipped[line] for fragment in fragments)
+
+
+def test_a_manifest_of_bad_lines_only_is_refused(tmp_path):
+    (tmp_path / "train.tsv").write_text("/audio\nno samples\n")
+
+    with refused(tmp_path / "train.tsv", "no utterance"):
+        Manifest.read(tmp_path / "train.tsv", skip_bad=True)
+
+
+def test_what_was_skipped_goes_to_the_first_shard(tmp_path):
+    (tmp_path / "train.tsv").write_text("/audio\na.wav\t1\nb.wav\t1\nno samples\n")
+    read = Manifest.read(tmp_path / "train.tsv", skip_bad=True)
+
+    assert [list(read.shard(rank, 2).skipped) for rank in range(2)] == [["line 4"], []]
+
+
 @pytest.mark.parametrize("content", ["", "\n", "/audio", "/audio\n", "/audio\n\n"])
 def test_a_manifest_without_utterances_is_refused(tmp_path, content):
     (tmp_path / "train.tsv").write_text(content)

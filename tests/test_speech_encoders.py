@@ -1,9 +1,18 @@
+import os
+import shutil
+import socket
+import subprocess
+import sys
+
+import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import refused
+from safetensors.torch import load_file, save_file
 
 from repcodec.errors import RepCodecError
-from repcodec.speech_encoders import EncoderSpec, encoder_table, load_speech_encoder
+from repcodec.speech_encoders import EncoderSpec, HubertEncoder, encoder_table, find_encoder, load_speech_encoder
 
 PUBLISHED = {
     "hubert_base": ("facebook/hubert-base-ls960", 768, 12, 9, False),
@@ -21,7 +30,13 @@ FAMILIES = {
         transformers.HubertModel,
         transformers.HubertConfig(**SMALL, feat_extract_norm="layer", do_stable_layer_norm=True, conv_bias=True),
     ),
-    "data2vec": (transformers.Data2VecAudioModel, transformers.Data2VecAudioConfig(**SMALL)),
+    "data2vec_base": (transformers.Data2VecAudioModel, transformers.Data2VecAudioConfig(**SMALL)),
+    "data2vec_large": (
+        transformers.Data2VecAudioModel,
+        transformers.Data2VecAudioConfig(
+            **SMALL | {"hidden_size": 24, "num_hidden_layers": 5, "num_attention_heads": 4, "intermediate_size": 40}
+        ),
+    ),
 }
 WHISPER = transformers.WhisperConfig(
     d_model=16, encoder_layers=3, encoder_attention_heads=2, encoder_ffn_dim=32, decoder_layers=1,
@@ -34,15 +49,30 @@ def spec(norm=True, dim=16, layers=3):
     return EncoderSpec("small", "nowhere/at-all", dim, layers, 2, norm, 50)
 
 
+def family(name):
+    """The row of one of the small models."""
+    return {"data2vec_large": spec(dim=24, layers=5), "whisper": spec(None), "hubert_base": spec(False)}.get(
+        name, spec()
+    )
+
+
+def alone(encoder, waveform):
+    (features,) = encoder([waveform])
+    return features
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Random weights of every family, saved by transformers."""
     torch.manual_seed(0)
     root = tmp_path_factory.mktemp("models")
     for name, (cls, config) in FAMILIES.items():
-        cls(config).eval().save_pretrained(root / name)
+        model = cls(config)
+        for parameter in model.encoder.parameters():  # transformers starts biases at 0 and norms at 1
+            torch.nn.init.normal_(parameter, 0, 0.3)
+        model.save_pretrained(root / name)
     whisper = transformers.WhisperForConditionalGeneration(WHISPER)
-    for block in whisper.model.encoder.layers:  # transformers starts biases at 0 and norms at 1
+    for block in whisper.model.encoder.layers:
         for parameter in block.parameters():
             torch.nn.init.normal_(parameter, 0, 0.2)
     whisper.save_pretrained(root / "whisper")
@@ -60,43 +90,132 @@ def test_table_holds_the_published_settings(name):
     assert row.frame_rate == 50
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("layer", [1, 3])
-def test_layer_n_is_the_output_of_block_n(folders, name, layer):
+def whole_model(folders, name, layer):
+    """What block `layer` of transformers' own, whole model puts out for a waveform, and what the model ends with."""
     cls, _ = FAMILIES[name]
     whole = cls.from_pretrained(folders / name).eval()
     seen = []
     whole.encoder.layers[layer - 1].register_forward_hook(
         lambda _, __, output: seen.append(output[0] if isinstance(output, tuple) else output)
     )
+
+    def run(waveform):
+        seen.clear()
+        with torch.no_grad():
+            last = whole(waveform[None]).last_hidden_state
+        return seen[0].view(-1, last.shape[-1]), last[0]
+
+    return run
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("layer", [1, 3])
+def test_layer_n_is_the_output_of_block_n(folders, name, layer):
     waveform = wave()
-    with torch.no_grad():
-        whole(torch.nn.functional.layer_norm(waveform, waveform.shape)[None])
-        features = load_speech_encoder(spec(), layer, folders / name)(waveform)
-    torch.testing.assert_close(features, seen[0].view(-1, 16), rtol=1e-4, atol=1e-5)
+    row = family(name)
+    normed = torch.nn.functional.layer_norm(waveform, waveform.shape) if row.waveform_norm else waveform
+    expected, _ = whole_model(folders, name, layer)(normed)
+    features = alone(load_speech_encoder(row, layer, folders / name), waveform)
+    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
     assert len(features) == (len(waveform) - 400) // 320 + 1
 
 
+def test_the_last_layer_of_hubert_large_is_before_the_final_norm(folders):
+    waveform = wave()
+    block, normed = whole_model(folders, "hubert_large", 3)(torch.nn.functional.layer_norm(waveform, waveform.shape))
+    features = alone(load_speech_encoder(spec(), 3, folders / "hubert_large"), waveform)
+    torch.testing.assert_close(features, block, rtol=1e-4, atol=1e-5)
+    assert (features - normed).norm() > 0.1 * normed.norm()
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "whisper"])
+def test_nothing_above_the_layer_is_kept(folders, name):
+    encoder = load_speech_encoder(family(name), 2, folders / name)
+    assert len(encoder.blocks) == 2
+    assert not [key for key in encoder.state_dict() if key.startswith(("blocks.2", "blocks.3"))]
+
+
 def test_waveform_norm_is_only_where_the_table_says(folders):
-    with torch.no_grad():
-        plain, normed = (load_speech_encoder(spec(norm), 2, folders / "hubert_base")(wave()) for norm in (False, True))
-        cls, _ = FAMILIES["hubert_base"]
-        expected = cls.from_pretrained(folders / "hubert_base").eval()(wave()[None], output_hidden_states=True)
-    torch.testing.assert_close(plain, expected.hidden_states[2][0], rtol=1e-4, atol=1e-5)
+    plain, normed = (
+        alone(load_speech_encoder(spec(norm), 2, folders / "hubert_base"), wave()) for norm in (False, True)
+    )
+    expected, _ = whole_model(folders, "hubert_base", 2)(wave())
+    torch.testing.assert_close(plain, expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(plain, normed)
+
+
+def test_waveform_norm_is_over_the_whole_utterance_before_it_is_cut_into_chunks(folders, monkeypatch):
+    monkeypatch.setattr(HubertEncoder, "CHUNK", 4000)
+    waveform = torch.cat([wave(4000), 5 * wave(4000, seed=1) + 1])
+    features = alone(load_speech_encoder(spec(True), 2, folders / "hubert_large"), waveform)
+    normed = (waveform - waveform.mean()) / (waveform.var(correction=0) + 1e-5).sqrt()
+    run = whole_model(folders, "hubert_large", 2)
+    torch.testing.assert_close(
+        features, torch.cat([run(normed[:4000])[0], run(normed[4000:])[0]]), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_long_audio_is_run_in_chunks(folders, monkeypatch):
     encoder = load_speech_encoder(spec(False), 2, folders / "hubert_base")
-    monkeypatch.setattr(type(encoder), "CHUNK", 4000)
+    monkeypatch.setattr(HubertEncoder, "CHUNK", 4000)
     waveform = wave(8399)
-    with torch.no_grad():
-        features = encoder(waveform)
-        parts = [encoder(waveform[:4000]), encoder(waveform[4000:8000])]  # the last 399 samples give no frame
+    features = alone(encoder, waveform)
+    parts = encoder([waveform[:4000], waveform[4000:8000]])  # the last 399 samples give no frame
     torch.testing.assert_close(features, torch.cat(parts))
     assert encoder.num_frames(8399) == len(features)
     assert encoder.num_frames(8400) == len(features) + 1
-    assert encoder(waveform[:399]).shape == (0, 16)
+    assert alone(encoder, waveform[:399]).shape == (0, 16)
+
+
+def test_chunks_are_as_long_as_published():
+    assert HubertEncoder.CHUNK == 1_600_000
+    assert HubertEncoder.num_frames(1_600_000) == 4_999
+    assert HubertEncoder.num_frames(1_600_399) == 4_999
+    assert HubertEncoder.num_frames(1_600_400) == 5_000
+    assert HubertEncoder.num_frames(3_600_000) == 2 * 4_999 + 1_249
+    assert [HubertEncoder.num_frames(samples) for samples in (0, 399, 400, 719, 720)] == [0, 0, 1, 1, 2]
+
+
+LENGTHS = [12_345, 400, 33_000, 150, 9_000, 8_320, 640]
+"""One too short for a frame, one long enough for several chunks of 10,000 samples."""
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "whisper"])
+@pytest.mark.parametrize("layer", [1, 3])
+def test_a_batch_gives_what_each_utterance_gives_alone(folders, name, layer, monkeypatch):
+    monkeypatch.setattr(HubertEncoder, "CHUNK", 10_000)
+    encoder = load_speech_encoder(family(name), layer, folders / name)
+    waveforms = [wave(samples, seed) * (seed + 1) for seed, samples in enumerate(LENGTHS)]
+    singles = [alone(encoder, waveform) for waveform in waveforms]
+    assert [len(single) for single in singles] == [encoder.num_frames(samples) for samples in LENGTHS]
+    for order in (range(len(LENGTHS)), np.random.default_rng(0).permutation(len(LENGTHS))):
+        batch = encoder([waveforms[i] for i in order])
+        for i, features in zip(order, batch, strict=True):
+            assert features.shape == singles[i].shape == (len(singles[i]), encoder.dim)
+            if len(features):
+                assert (features - singles[i]).norm() / singles[i].norm() < 1e-5
+    assert [len(features) for features in encoder([waveforms[3]])] == [0]
+
+
+def test_the_real_whisper_gives_in_a_batch_what_each_utterance_gives_alone(whisper_folder, speech):
+    from repcodec.manifest import Manifest
+
+    manifest = Manifest.read(speech / "train.tsv")
+    waveforms = [torch.from_numpy(manifest.waveform(i)) for i in range(len(manifest))]
+    encoder = load_speech_encoder(encoder_table()["whisper_tiny_en"], 4, whisper_folder)
+    for features, waveform in zip(encoder(waveforms), waveforms, strict=True):
+        single = alone(encoder, waveform)
+        assert (features - single).norm() / single.norm() < 1e-5
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "whisper"])
+def test_autocast_and_double_precision_change_nothing(folders, name):
+    encoder = load_speech_encoder(family(name), 2, folders / name)
+    expected = alone(encoder, wave())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(alone(encoder, wave()), expected)
+    assert torch.equal(alone(encoder, wave().double()), expected)
+    assert expected.dtype == torch.float32 and not expected.requires_grad
 
 
 @pytest.mark.parametrize("layer", [1, 3])
@@ -110,11 +229,22 @@ def test_whisper_is_run_on_the_unpadded_mel_before_the_last_norm(folders, layer)
     with torch.no_grad():
         # At exactly 30 s, and only there, the unpadded utterance is what transformers itself computes.
         whole(extractor(waveform.numpy(), sampling_rate=16_000, return_tensors="pt").input_features)
-        features = encoder(waveform)
+    features = alone(encoder, waveform)
     torch.testing.assert_close(features, seen[0][0], rtol=1e-4, atol=1e-4)
-    with torch.no_grad():
-        assert len(encoder(waveform[:16_100])) == 50
-        assert encoder(waveform[:319]).shape == (0, 16)
+    assert len(alone(encoder, waveform[:16_100])) == 50
+    assert alone(encoder, waveform[:319]).shape == (0, 16)
+
+
+@pytest.mark.parametrize("samples", [320, 481, 16_000, 31 * 16_000 + 77])
+def test_the_log_mel_is_that_of_transformers(folders, samples):
+    encoder = load_speech_encoder(spec(None), 1, folders / "whisper")
+    extractor = transformers.WhisperFeatureExtractor()
+    expected = extractor(
+        wave(samples).numpy(), sampling_rate=16_000, truncation=False, padding="do_not_pad", return_tensors="pt"
+    ).input_features[0]
+    found = encoder.log_mel(wave(samples))
+    assert found.shape == (80, samples // 160)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
 def test_whisper_positions_continue_the_sinusoids(folders):
@@ -123,8 +253,7 @@ def test_whisper_positions_continue_the_sinusoids(folders):
     t, i = torch.arange(1600)[:, None], torch.arange(8)
     angles = t * torch.exp(-torch.log(torch.tensor(10_000.0)) * i / 7)
     torch.testing.assert_close(table, torch.cat([angles.sin(), angles.cos()], 1), rtol=1e-3, atol=1e-3)
-    with torch.no_grad():
-        assert encoder(wave(31 * 16_000)).shape == (1550, 16)
+    assert alone(encoder, wave(31 * 16_000)).shape == (1550, 16)
 
 
 def test_encoders_are_frozen(folders):
@@ -137,6 +266,102 @@ def test_encoders_are_frozen(folders):
 def test_layer_outside_the_model_names_the_valid_range(folders, layer):
     with pytest.raises(RepCodecError, match="layers 1 to 3"):
         load_speech_encoder(spec(), layer, folders / "hubert_base")
+
+
+@pytest.mark.parametrize("layer", [0, 4])
+def test_a_model_with_fewer_layers_than_the_table_names_its_own(folders, layer):
+    with refused(f"layer={layer}", f"layers 1 to {3 if layer else 9}"):
+        load_speech_encoder(spec(layers=9), layer, folders / "hubert_base")
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("hubert_base", (16, 3, False)), ("hubert_large", (16, 3, True)), ("data2vec_base", (16, 3, True)),
+        ("data2vec_large", (24, 5, True)), ("whisper", (16, 3, None)),
+    ],
+)  # fmt: skip
+def test_another_size_is_read_off_its_folder(folders, name, found):
+    row = find_encoder("mine", folders / name)
+    assert (row.name, row.model, row.layer, row.frame_rate) == ("mine", str(folders / name), None, 50)
+    assert (row.dim, row.num_layers, row.waveform_norm) == found
+    assert alone(load_speech_encoder(row, found[1]), wave()).shape[1] == found[0]
+    with refused("mine has no published layer", f"1 to {found[1]}"):
+        load_speech_encoder(row)
+
+
+def test_the_table_comes_before_the_folder_and_an_unknown_name_lists_it(folders):
+    assert find_encoder("hubert_base", folders / "whisper") == encoder_table()["hubert_base"]
+    with refused("hubert_huge", "data2vec_base, data2vec_large, hubert_base", "--model"):
+        find_encoder("hubert_huge")
+
+
+def test_the_weights_hash_is_of_the_weights_up_to_the_layer(folders, tmp_path):
+    shutil.copytree(folders / "hubert_base", tmp_path / "moved")
+    hashes = [
+        load_speech_encoder(spec(False), layer, folder / name).weights_sha256
+        for layer, folder, name in [(2, folders, "hubert_base"), (2, tmp_path, "moved"), (3, tmp_path, "moved")]
+    ]
+    assert hashes[0] == hashes[1] != hashes[2]
+    tensors = load_file(tmp_path / "moved" / "model.safetensors")
+    for block, same in ((2, True), (1, False)):
+        tensors[f"encoder.layers.{block}.final_layer_norm.bias"][3] += 1
+        save_file(tensors, tmp_path / "moved" / "model.safetensors", metadata={"format": "pt"})
+        found = load_speech_encoder(spec(False), 2, tmp_path / "moved").weights_sha256
+        assert (found == hashes[0]) == same
+
+
+def test_a_folder_that_is_not_there_is_one_sentence(tmp_path):
+    with refused(tmp_path / "nowhere", "no such folder"):
+        load_speech_encoder(spec(), 1, tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"model_type": "nonsense"}', '{"model_type": 3}', "\x00"])
+def test_a_configuration_that_is_none_is_one_sentence(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with refused(tmp_path, "no speech encoder could be loaded"):
+        load_speech_encoder(spec(), 1, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["hubert_base", "whisper"])
+def test_corrupt_weights_are_one_sentence(folders, tmp_path, name):
+    shutil.copytree(folders / name, tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    for content in (b"", b"nonsense", weights.read_bytes()[:2000]):
+        weights.write_bytes(content)
+        with refused(tmp_path / "model", "no speech encoder could be loaded"):
+            load_speech_encoder(family(name), 1, tmp_path / "model")
+
+
+def test_weights_of_another_shape_are_one_sentence(folders, tmp_path):
+    shutil.copytree(folders / "hubert_base", tmp_path / "model")
+    shutil.copy(folders / "data2vec_large" / "model.safetensors", tmp_path / "model" / "model.safetensors")
+    with refused(tmp_path / "model"):
+        load_speech_encoder(spec(False), 1, tmp_path / "model")
+
+
+def test_a_hostile_pickle_is_not_run(folders, tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/run",)
+
+    (tmp_path / "model").mkdir()
+    shutil.copy(folders / "hubert_base" / "config.json", tmp_path / "model")
+    torch.save({"encoder": Hostile()}, tmp_path / "model" / "pytorch_model.bin")
+    with refused(tmp_path / "model", "no speech encoder could be loaded"):
+        load_speech_encoder(spec(False), 1, tmp_path / "model")
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_network_for_a_hub_id_is_one_sentence(tmp_path):
+    (tmp_path / "m.tsv").write_text("/audio\na.wav\t16000\n")
+    command = [f"{sys.prefix}/bin/repcodec", "extract", "m.tsv", "out", "--encoder", "hubert_base"]
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
+    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 1
+    (sentence,) = result.stderr.splitlines()
+    assert sentence.startswith("error: facebook/hubert-base-ls960: no speech encoder could be loaded")
+    assert "without a network" in sentence and "--model" in sentence
 
 
 def test_folder_that_is_no_model_says_what_to_do(tmp_path):
@@ -153,11 +378,28 @@ def test_model_of_another_kind_or_width_is_refused(folders, tmp_path):
 
 
 def test_incomplete_weights_are_refused(folders, tmp_path):
-    from safetensors.torch import load_file, save_file
-
     tensors = load_file(folders / "hubert_base" / "model.safetensors")
     del tensors["encoder.layers.0.final_layer_norm.weight"]
     (tmp_path / "config.json").write_bytes((folders / "hubert_base" / "config.json").read_bytes())
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RepCodecError, match=r"lack encoder\.layers\.0"):
         load_speech_encoder(spec(), 1, tmp_path)
+
+
+@pytest.mark.hub
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_encoders_load_from_the_hub(name):
+    try:
+        socket.create_connection(("huggingface.co", 443), timeout=3).close()
+    except OSError as error:
+        pytest.skip(f"no network to the hub ({error})")
+    row = encoder_table()[name]
+    encoder = load_speech_encoder(row)
+    (features,) = encoder([wave(16_000)])
+    assert features.shape == (50 if row.waveform_norm is None else 49, row.dim)
+    assert torch.isfinite(features).all()
+    config = transformers.AutoConfig.from_pretrained(row.model)
+    if name.startswith("hubert"):
+        large = name == "hubert_large"
+        assert (config.feat_extract_norm, config.do_stable_layer_norm) == ("layer" if large else "group", large)
+        assert find_encoder("other", row.model).waveform_norm == row.waveform_norm
