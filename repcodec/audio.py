@@ -13,6 +13,9 @@ SAMPLE_RATE = 16_000
 SOUND_SUFFIXES = {".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".m4a"}
 """Endings of the files that `find_sound_files` takes; libsndfile reads them all but .m4a, which needs PyAV."""
 
+BLOCK, UNKNOWN = 2**22, 2**40
+"""Samples read at a time; and more than any sound has: a header that says so, as of a streamed FLAC, does not know."""
+
 
 def read_audio(path: Path | str) -> np.ndarray:
     """Read a sound file.
@@ -80,20 +83,26 @@ def num_samples_at_16khz(path: Path | str) -> int:
         info = soundfile.info(str(path))
     except (soundfile.SoundFileError, OSError, TypeError) as error:
         raise _unreadable(path, error) from error
-    return samples_at_16khz(info.frames, info.samplerate) or len(read_audio(path))
+    if not 0 < info.frames < UNKNOWN:
+        return len(read_audio(path))
+    return samples_at_16khz(info.frames, info.samplerate)
 
 
 def find_sound_files(root: Path | str) -> list[Path]:
     """List the sound files below a folder, in any depth, through links too, sorted by path.
 
     Raises:
-        RepCodecError: `root` is not a folder, or holds no sound file.
+        RepCodecError: `root` is not a folder, holds no sound file, or a folder in it cannot be listed.
     """
+
+    def fail(error: OSError) -> None:
+        raise RepCodecError(f"{error.filename}: the folder cannot be listed ({error.strerror}); make it readable.")
+
     root = Path(root)
     if not root.is_dir():
         raise RepCodecError(f"{root} is not a folder; give a folder of sound files.")
     files, seen = [], set()
-    for folder, subfolders, names in os.walk(root, followlinks=True):
+    for folder, subfolders, names in os.walk(root, onerror=fail, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:  # a link to a folder above, or a second one to the same
             subfolders.clear()
@@ -101,7 +110,10 @@ def find_sound_files(root: Path | str) -> list[Path]:
         seen.add(real)
         subfolders.sort()
         paths = [Path(folder, name) for name in names]
-        files += [path for path in paths if path.suffix.lower() in SOUND_SUFFIXES and path.is_file()]
+        # A link to nowhere is listed: that it cannot be read is told when it is.
+        files += [
+            path for path in paths if path.suffix.lower() in SOUND_SUFFIXES and (path.is_file() or path.is_symlink())
+        ]
     if not files:
         raise RepCodecError(f"{root} holds no sound file ({', '.join(sorted(SOUND_SUFFIXES))}).")
     return sorted(files)
@@ -122,10 +134,13 @@ def _decode(path: Path | str) -> tuple[np.ndarray, int]:
     try:
         with soundfile.SoundFile(path) as file:
             announced, rate = file.frames, file.samplerate
-            samples = file.read(dtype="float32", always_2d=True)
+            blocks = [file.read(BLOCK, dtype="float32", always_2d=True)]
+            while len(blocks[-1]) == BLOCK:
+                blocks.append(file.read(BLOCK, dtype="float32", always_2d=True))
     except (soundfile.SoundFileError, OSError, TypeError) as error:  # TypeError: raw samples without a header
         raise _unreadable(path, error) from error
-    if len(samples) < announced:
+    samples = np.concatenate(blocks)
+    if len(samples) < announced < UNKNOWN:
         raise RepCodecError(
             f"{path}: the sound is cut off: {len(samples)} samples, its header says {announced}; copy it again."
         )
@@ -142,7 +157,7 @@ def _decode_m4a(path: Path | str) -> tuple[np.ndarray, int]:
         ) from error
     try:
         # From an open file and as this one format: a playlist in disguise cannot name other files or hosts.
-        with open(path, "rb") as file, av.open(file, "r", format="mov") as container:
+        with open(path, "rb") as file, av.open(file, "r", format="mov", metadata_errors="replace") as container:
             stream = container.streams.audio[0]
             to_float = av.AudioResampler(format="fltp")
             frames = [out for frame in container.decode(stream) for out in to_float.resample(frame)]

@@ -15,12 +15,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
+from repcodec.audio import SAMPLE_RATE
 from repcodec.cuts import Shar, num_samples, open_sounds, read_cut
 from repcodec.data import SAMPLE_FRAMES, Batch, FeaturesDataModule, ResumableLoader
 from repcodec.errors import RepCodecError
 from repcodec.manifest import SoundList
 from repcodec.shards import check_source
 from repcodec.speech_encoders import BATCH_SECONDS, EncoderSpec, SpeechEncoder, batches_of, load_speech_encoder
+
+STRETCH = 60
+"""Seconds of a long recording that a sample of the training set takes."""
 
 
 class SoundBatch(NamedTuple):
@@ -55,12 +59,13 @@ class SoundBatch(NamedTuple):
 
 
 class SoundFeatures:
-    """The features of a list of sounds, computed when they are asked for; offers what `FeatureShards` does.
+    """The features of a list of sounds, computed when they are asked for; offers what `FeatureShards` does to those
+    that read whole utterances.
 
     Attributes:
         sounds: the list.
         lengths: (N,) frames of each utterance, as its listed samples have it.
-        folder, names, root, frame_rate, manifest_sha256, dim: see `FeatureShards`.
+        folder, names, ids, root, frame_rate, manifest_sha256, dim: see `FeatureShards`.
     """
 
     def __init__(
@@ -76,8 +81,7 @@ class SoundFeatures:
             RepCodecError: no utterance is long enough for one frame.
         """
         self.sounds, self.folder, self._encode = sounds, source, encode
-        self.names = list(sounds.paths)
-        self.root = str(getattr(sounds, "root", ""))
+        self.names, self.ids, self.root = list(sounds.paths), sounds.ids, str(sounds.root)
         self.dim, self.frame_rate = spec.dim, spec.frame_rate
         self._source = spec.name, layer
         self.lengths = np.array([frames_of(samples) for samples in sounds.num_samples])
@@ -105,18 +109,27 @@ class SoundFeatures:
         return self._encode([torch.from_numpy(self.sounds.waveform(utterance))])[0].cpu().numpy()
 
     def sample(self, num_frames: int) -> np.ndarray:
-        """Return about `num_frames` frames, of utterances evenly spaced over all: every frame when there are no more.
+        """Return at most `num_frames` frames: all of them when there are no more.
+
+        Otherwise those of utterances evenly spaced over all, of a long one only `STRETCH` seconds in its middle.
 
         Returns:
             (N, D) float32.
         """
-        share = min(1.0, num_frames / int(self.lengths.sum()))
-        chosen = np.linspace(0, len(self) - 1, max(1, int(share * len(self)))).astype(int).tolist()
+        chosen = np.flatnonzero(self.lengths)
+        room = None
+        if self.lengths.sum() > num_frames:
+            room = STRETCH * SAMPLE_RATE
+            typical = self.lengths[chosen].clip(max=STRETCH * self.frame_rate).mean()
+            number = min(len(chosen), -(-num_frames // int(typical)))
+            chosen = chosen[np.linspace(0, len(chosen) - 1, number).astype(int)]
+        utterances = chosen.tolist()
         parts = []
-        for batch in batches_of([self.sounds.num_samples[i] for i in chosen], BATCH_SECONDS):
-            waveforms = [torch.from_numpy(self.sounds.waveform(chosen[i])) for i in batch]
-            parts += [features.cpu().numpy() for features in self._encode(waveforms)]
-        return np.concatenate(parts)
+        for batch in batches_of([self.sounds.num_samples[i] for i in utterances], BATCH_SECONDS):
+            waveforms = [torch.from_numpy(self.sounds.waveform(utterances[i])) for i in batch]
+            stretches = [one if room is None else one[max(0, len(one) - room) // 2 :][:room] for one in waveforms]
+            parts += [features.cpu().numpy() for features in self._encode(stretches)]
+        return np.concatenate(parts)[:num_frames]
 
 
 class SoundDataset(Dataset):
@@ -283,12 +296,20 @@ class AudioDataModule(FeaturesDataModule):
             row[: len(crop)] = crop
         if not torch.isfinite(features).all():
             bad = [int(u) for u, row in zip(batch.utterances, features, strict=True) if not torch.isfinite(row).all()]
-            raise RepCodecError(f"{self.source}: features of training utterances {bad[:5]} hold NaN or infinity.")
+            raise RepCodecError(f"{self.source}: features of utterances {bad[:5]} hold NaN or infinity.")
         lengths = torch.tensor([len(crop) for crop in crops], device=features.device)
         return Batch(features, lengths, batch.utterances)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Turn sound into features; Lightning calls this when a batch has reached the device."""
+        """Turn sound into features; Lightning calls this when a batch has reached the device.
+
+        Raises:
+            RepCodecError: the precision has rounded the sound itself.
+        """
+        if batch.waveform.dtype in (torch.float16, torch.bfloat16):
+            raise RepCodecError(
+                "data=audio takes trainer.precision 32, 16-mixed or bf16-mixed, not 16-true or bf16-true."
+            )
         return self.features_of(batch)
 
     def dataset(self, split: SoundFeatures, num_frames: int | None) -> Dataset:

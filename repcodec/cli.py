@@ -91,8 +91,12 @@ def _shard(text: str) -> tuple[int, int]:
             rank, num_shards = (os.environ[f"SLURM_ARRAY_TASK_{name}"] for name in ("ID", "COUNT"))
         except KeyError as error:
             raise argparse.ArgumentTypeError(f"{error.args[0]} is not set: submit with sbatch --array=0-N") from None
-        if first != "0":
-            raise argparse.ArgumentTypeError(f"the job array starts at {first}: submit with sbatch --array=0-N")
+        last = os.environ.get("SLURM_ARRAY_TASK_MAX", str(int(num_shards) - 1) if num_shards.isdecimal() else "")
+        if first != "0" or last != str(int(num_shards) - 1):
+            raise argparse.ArgumentTypeError(
+                f"the job array has {num_shards} tasks from {first} to {last}: submit all, with sbatch --array=0-N; "
+                "one alone is made with --shard I/N"
+            )
     else:
         rank, _, num_shards = text.partition("/")
     if not (rank.isdecimal() and num_shards.isdecimal() and int(rank) < int(num_shards)):

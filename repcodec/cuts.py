@@ -15,6 +15,9 @@ from repcodec.audio import samples_at_16khz, to_mono_16khz
 from repcodec.errors import RepCodecError
 from repcodec.manifest import Manifest, SoundList
 
+SCHEMES = ("http", "https", "s3", "gs", "azure")
+"""What remote archives may be read over."""
+
 MIXED_SHARDS = 4
 """Shards of a Shar that are shuffled together; their sound is held in memory, encoded as it is stored."""
 
@@ -31,9 +34,10 @@ def open_sounds(source: str | Mapping) -> "SoundList | Shar":
         RepCodecError: it is none of these, or it cannot be read.
     """
     if isinstance(source, Mapping):
-        if set(source) != {"cuts", "recording"}:
-            raise RepCodecError(f"a Shar needs the fields cuts and recording, found {', '.join(map(str, source))}.")
+        if set(source) != {"cuts", "recording"} or not all(source.values()):
+            raise RepCodecError(f"a Shar needs the fields cuts and recording, found {dict(source)}.")
         return Shar(_expand(source["cuts"]), _expand(source["recording"]))
+    source = str(source)
     if Path(source).is_dir():
         cuts, recordings = (sorted(map(str, Path(source).glob(f"{name}.*"))) for name in ("cuts", "recording"))
         return Shar(cuts, recordings)
@@ -59,7 +63,7 @@ class CutList(SoundList):
             RepCodecError: there is none, or two have one id.
         """
         self._cuts, self._source = cuts, source
-        self.paths = [cut.id for cut in cuts]
+        self.paths = self.ids = [cut.id for cut in cuts]
         self.num_samples = [num_samples(cut) for cut in cuts]
         if not cuts:
             raise RepCodecError(f"{source}: the CutSet lists no cut.")
@@ -132,14 +136,15 @@ class Shar:
         Args:
             frames_of: samples -> frames.
         """
-        found: dict[str, Any] = {}
+        found: list[Any] = []
         frames = 0
-        for _, cut in self.stream(seed):
-            if cut.id in found or frames >= num_frames:
-                break
-            found[cut.id] = cut
-            frames += frames_of(num_samples(cut))
-        return CutList(list(found.values()), self.source)
+        for group in self._round(seed, 0, 0):
+            for _, cut in self._read(*group, 0, lambda place: True):
+                found.append(cut)
+                frames += frames_of(num_samples(cut))
+                if frames >= num_frames:
+                    return CutList(found, self.source)
+        return CutList(found, self.source)
 
     def stream(
         self, seed: int, start: int = 0, wanted: Callable[[int], bool] = lambda place: True
@@ -164,16 +169,22 @@ class Shar:
     def _groups(self, seed: int, start: int) -> Iterator[tuple[int, list[int], np.ndarray]]:
         """Yield the first place, the shards, and the places of the cuts, of each group that ends after `start`."""
         place = 0
-        for epoch in count():
-            order = np.random.default_rng([seed, epoch]).permutation(len(self._shards)).tolist()
-            for first in range(0, len(order), MIXED_SHARDS):
-                shards = order[first : first + MIXED_SHARDS]
-                total = sum(self._size(shard) for shard in shards)
-                if place + total > start:
-                    yield place, shards, np.random.default_rng([seed, epoch, first]).permutation(total)
-                place += total
+        for number in count():
+            for group in self._round(seed, number, place):
+                place += len(group[2])
+                if place > start:
+                    yield group
             if place == 0:
                 raise RepCodecError(f"{self.source}: the Shar holds no cut.")
+
+    def _round(self, seed: int, number: int, place: int) -> Iterator[tuple[int, list[int], np.ndarray]]:
+        """Yield the groups of one round over all shards, which begins at `place`."""
+        order = np.random.default_rng([seed, number]).permutation(len(self._shards)).tolist()
+        for first in range(0, len(order), MIXED_SHARDS):
+            shards = order[first : first + MIXED_SHARDS]
+            total = sum(self._size(shard) for shard in shards)
+            yield place, shards, np.random.default_rng([seed, number, first]).permutation(total)
+            place += total
 
     def _read(
         self, first: int, shards: list[int], places: np.ndarray, start: int, wanted: Callable[[int], bool]
@@ -227,17 +238,25 @@ def _cutset() -> Any:
 
 
 def _checked(cut: Any, source: str) -> Any:
-    """Refuse a cut whose sound is not simply read: a mixture, none at all, or one that a command makes."""
-    sources = getattr(getattr(cut, "recording", None), "sources", None)
-    if not sources:
+    """Refuse a cut whose sound is not simply read: a mixture, none at all, one changed, or one that a command makes.
+
+    A changed or mixed one can hold further recordings, and those a command.
+    """
+    from lhotse import MonoCut, MultiCut
+
+    recording = cut.recording if type(cut) in (MonoCut, MultiCut) else None
+    if recording is None or recording.transforms:
         raise RepCodecError(
-            f"{source}: {getattr(cut, 'id', 'an entry')!r} is no cut of one recording; save mixed cuts as sound first."
+            f"{source}: {getattr(cut, 'id', 'an entry')!r} is no cut of one plain recording; save mixed, resampled or "
+            "otherwise changed cuts as sound first."
         )
-    for one in sources:
-        if one.type not in ("file", "url", "memory") or str(one.source)[:5] == "pipe:":
+    for one in recording.sources:
+        if one.type not in ("file", "url", "memory"):
             raise RepCodecError(
                 f"{source}: cut {cut.id!r} has its sound from a {one.type}, which is not read; expected file or url."
             )
+        if one.type != "memory":
+            _check_name(str(one.source))
     return cut
 
 
@@ -250,7 +269,7 @@ def _guarded(make: Callable[[], Any], source: str) -> Iterator[Any]:
     try:
         yield from make()
     except ImportError as error:
-        raise RepCodecError(f"{source}: reading it needs lhotse: pip install 'repcodec[audio]'.") from error
+        raise RepCodecError(f"{source}: reading it needs more ({error}): pip install 'repcodec[audio]'.") from error
     except RepCodecError:
         raise
     except Exception as error:  # lhotse and what it reads with raise many kinds
@@ -270,9 +289,13 @@ def _guarded_lines(source: str) -> Iterator[str]:
 
 
 def _check_name(source: str) -> None:
-    """Refuse what lhotse would run in a shell."""
-    if source.startswith("pipe:"):
-        raise RepCodecError(f"{source}: shell commands are not run; give a path or a URL.")
+    """Refuse what lhotse would start another program for."""
+    scheme = source.partition("://")[0] if "://" in source else None
+    if source.startswith("pipe:") or scheme not in (None, *SCHEMES):
+        raise RepCodecError(
+            f"{source}: commands are not run, and other programs not started; give a path, or a URL of "
+            f"{', '.join(SCHEMES)}."
+        )
 
 
 def _expand(names: str | Sequence[str]) -> list[str]:

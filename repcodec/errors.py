@@ -22,8 +22,8 @@ def user_message(error: BaseException) -> str | None:
     """
     # By name: this file is imported where neither Hydra nor Lightning must be.
     making = type(error).__name__ == "InstantiationException"
-    if type(error).__module__ == "hydra.errors" and not making:
-        return str(error)
+    if type(error).__module__ in ("hydra.errors", "omegaconf.errors") and not making:
+        return str(error).strip()
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, RepCodecError):

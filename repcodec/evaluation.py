@@ -12,7 +12,6 @@ from repcodec.data import SAMPLE_FRAMES, FeaturesDataModule
 from repcodec.errors import RepCodecError
 from repcodec.kmeans import KMeansTokenizer
 from repcodec.labels import PhoneLabels
-from repcodec.manifest import utterance_id
 from repcodec.metrics import CodeUsage, NormalizedError, PhoneAgreement
 from repcodec.quantizers import fit_centroids
 from repcodec.shards import FeatureShards
@@ -183,10 +182,9 @@ def _phone_agreement(
     """
     if labels is None:
         return None
-    if shards.names is None or shards.frame_rate is None:
+    if shards.ids is None or shards.frame_rate is None:
         raise RepCodecError(f"{shards.folder}: no .json names the utterances, so phone labels cannot be matched.")
-    ids = [utterance_id(name) for name in shards.names]
-    keys = [labels.key(utterance) for utterance in ids]
+    keys = [labels.key(utterance) for utterance in shards.ids]
     matched = [key for key in keys if key is not None]
     if len(set(matched)) < len(matched):
         twice = next(key for key in matched if matched.count(key) > 1)
@@ -198,5 +196,5 @@ def _phone_agreement(
             phones = labels.frames(key, codes[utterance].shape[1], code_rate)
             agreement.update(torch.from_numpy(phones), codes[utterance][0])
     if agreement.joint.sum() == 0:
-        raise RepCodecError(f"{shards.folder}: no frame has a phone label; the first utterance is {ids[0]!r}.")
+        raise RepCodecError(f"{shards.folder}: no frame has a phone label; the first utterance is {shards.ids[0]!r}.")
     return agreement

@@ -4,7 +4,8 @@ import json
 import os
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from repcodec.audio import SAMPLE_RATE, find_sound_files, num_samples_at_16khz
 from repcodec.errors import RepCodecError
 from repcodec.manifest import Manifest, check_lines, utterance_id
-from repcodec.shard_writer import write_shard
+from repcodec.shard_writer import MOVES, write_shard
 from repcodec.shards import is_finished, num_shards_there, shard_path
 from repcodec.speech_encoders import BATCH_SECONDS, EncoderSpec, SpeechEncoder, batches_of
 
@@ -53,7 +54,10 @@ def make_manifest(folder: Path | str, skip_bad: bool = False) -> Manifest:
             return error
 
     with ThreadPoolExecutor(4 * _num_cores()) as pool:
-        counts = tqdm(pool.map(samples, names), total=len(files), desc="Reading sound headers", unit="file")
+        # Some at a time: a pool takes all its work in at once, and does all of it even after a failure.
+        some = (pool.map(samples, names[first : first + 1000]) for first in range(0, len(names), 1000))
+        found_counts = chain.from_iterable(some)
+        counts = tqdm(found_counts, total=len(files), desc="Reading sound headers", unit="file")
         for name, path, found in zip(names, files, counts, strict=True):
             if not isinstance(found, RepCodecError) and (first := ids.setdefault(utterance_id(name), name)) != name:
                 found = RepCodecError(f"{path}: has the id of {first}; ids are paths without endings, rename one.")
@@ -126,27 +130,35 @@ def extract(
     device = next(encoder.parameters()).device
     batches = batches_of(utterances.num_samples, batch_seconds)
     seconds = [sum(utterances.num_samples[i] for i in batch) / SAMPLE_RATE for batch in batches]
-    with write_shard(folder, rank, num_shards, encoder.dim, about, dtype, with_skipped=skip_bad) as shard:
+    with write_shard(folder, rank, num_shards, encoder.dim, about, dtype, skip_bad=skip_bad) as shard:
         done = shard.num_batches
-        if shard.differs:
-            tqdm.write(f"an unfinished shard was made otherwise ({', '.join(shard.differs)}): begun anew")
         for where, reason in utterances.skipped.items() if done == 0 else ():
             shard.skip(where, reason)
-        with tqdm(total=sum(seconds), initial=sum(seconds[:done]), desc=description, unit="s", unit_scale=True) as bar:
+
+        def write(number: int, sounds: list[np.ndarray | RepCodecError], features: Iterator[np.ndarray]) -> None:
+            for utterance, sound in zip(batches[number], sounds, strict=True):
+                if isinstance(sound, RepCodecError):
+                    shard.skip(utterances.paths[utterance], str(sound))
+                else:
+                    shard.append(utterances.paths[utterance], next(features))
+            shard.commit()
+            bar.update(seconds[number])
+
+        with (
+            tqdm(total=sum(seconds), initial=sum(seconds[:done]), desc=description, unit="s", unit_scale=True) as bar,
+            ThreadPoolExecutor(1) as pool,
+        ):
+            writing: Future | None = None  # a batch is written while the next one is run
             for number, sounds in enumerate(_read_ahead(utterances, batches[done:], encoder, skip_bad), start=done):
                 good = [torch.from_numpy(sound).to(device) for sound in sounds if isinstance(sound, np.ndarray)]
                 features = iter(_run(encoder, good, batch_seconds))
-                for utterance, sound in zip(batches[number], sounds, strict=True):
-                    if isinstance(sound, RepCodecError):
-                        shard.skip(utterances.paths[utterance], str(sound))
-                    else:
-                        shard.append(utterances.paths[utterance], next(features))
-                shard.commit()
-                bar.update(seconds[number])
-        if shard.skipped:
-            tqdm.write(
-                f"{len(shard.skipped)} sounds were skipped: {shard_path(folder, rank, num_shards, '.skipped.tsv')}"
-            )
+                if writing is not None:
+                    writing.result()
+                writing = pool.submit(write, number, sounds, features)
+            if writing is not None:
+                writing.result()
+    if shard.skipped:
+        print(f"{len(shard.skipped)} sounds were skipped: {shard_path(folder, rank, num_shards, '.skipped.tsv')}")
 
 
 def _read_ahead(
@@ -209,8 +221,7 @@ def _check_same(path: Path, about: dict) -> None:
     """Refuse to take a finished shard for one of other sounds, encoder or layer; its files may have moved."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        moves = ("root", "model", "batch_seconds")
-        differs = [key for key in about if key not in moves and found.get(key) != about[key]]
+        differs = [key for key in about if key not in (*MOVES, "batch_seconds") and found.get(key) != about[key]]
     except (OSError, ValueError, AttributeError) as error:
         raise RepCodecError(f"{path}: not a readable shard description ({error!r}); delete the shard.") from error
     if differs:

@@ -7,6 +7,7 @@ import hashlib
 import posixpath
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -42,11 +43,15 @@ class SoundList:
     """Contract: utterances of one split, and their sound.
 
     Attributes:
+        root: the audio root; "" where there is none.
         paths: what names each utterance: a path below the audio root, or the id of a cut.
+        ids: the id of each.
         num_samples: samples an utterance has at 16 kHz, in the order of `paths`.
     """
 
+    root: Path | str
     paths: Sequence[str]
+    ids: Sequence[str]
     num_samples: Sequence[int]
 
     def __len__(self) -> int:
@@ -95,6 +100,11 @@ class Manifest(SoundList):
     num_samples: Sequence[int]
     skipped: dict[str, str] = field(default_factory=dict, compare=False)
 
+    @cached_property
+    def ids(self) -> list[str]:  # type: ignore[override]  # worked out when asked for
+        """The id of each utterance."""
+        return [utterance_id(path) for path in self.paths]
+
     def write(self, path: Path | str) -> None:
         """Write the published format.
 
@@ -127,7 +137,7 @@ class Manifest(SoundList):
         for number, line in enumerate(lines[1:], start=2):
             name, tab, samples = line.partition("\t")
             identity = utterance_id(name)
-            if not (name and tab and samples.isdecimal()):
+            if not (name and tab and samples.isdecimal() and len(samples) < 16):
                 more = " (a path cannot hold a tab: rename it)" if samples.count("\t") else ""
                 reason = f"found {line[:80]!r}, expected relative_path<TAB>number_of_samples{more}"
             elif identity in first:

@@ -19,6 +19,9 @@ from repcodec.errors import RepCodecError
 from repcodec.files import atomic_write, locked
 from repcodec.shards import SUFFIXES, check_finite, shard_path
 
+MOVES = ("root", "model")
+"""What of a shard's description says only where files lie."""
+
 DTYPES = {"float32": "<f4", "float16": "<f2"}
 """Types that features are stored as."""
 
@@ -31,7 +34,6 @@ class ShardWriter:
         lengths: their frames.
         skipped: (relative path, reason) of the utterances left out so far.
         num_batches: how often `commit` was called so far: where a resumed run goes on.
-        differs: what an unfinished shard that was there differed in, and so was thrown away; empty when none was.
     """
 
     def __init__(self, rows: IO[bytes], journal: IO[str], dim: int, dtype: str):
@@ -40,7 +42,6 @@ class ShardWriter:
         self.lengths: list[int] = []
         self.skipped: list[tuple[str, str]] = []
         self.num_batches = 0
-        self.differs: list[str] = []
         self._noted, self._checksum = (0, 0), 0
 
     def write_header(self) -> None:
@@ -85,42 +86,54 @@ class ShardWriter:
         self.num_batches += 1
         self._noted, self._checksum = (len(self.utterances), len(self.skipped)), 0
 
-    def resume(self, about: dict, with_skipped: bool) -> None:
-        """Take over what an earlier run noted and wrote; start a new shard where that is nothing, or of another kind.
+    def resume(self, about: dict, skip_bad: bool) -> None:
+        """Take over what an earlier run noted and wrote.
 
         Args:
             about: what the shard is.
-            with_skipped: whether batches that left out utterances count too; those after them never do.
+            skip_bad: whether utterances may be left out.
+
+        Raises:
+            RepCodecError: the earlier run made another kind of shard, or left out utterances where none may be.
         """
         first, *records = _whole_lines(self._journal)
-        sure = first == about
-        good = [first if sure else about]
+        if records:
+            self._check_same(first, about, records, skip_bad)
         row_bytes = self._dim * self._dtype.itemsize
-        if not sure:
-            self._rows.truncate(0)
-            self.differs = [key for key in about if key not in first or first[key] != about[key]] if records else []
         self.write_header()
         end = self._rows.tell()
-        for record in records if sure else []:
+        lines = [json.dumps(first if records else about) + "\n"]
+        for record in records:
             num_bytes = sum(length for _, length in record["written"]) * row_bytes
-            if (record["skipped"] and not with_skipped) or self._checksum_of(num_bytes) != record["crc32"]:
+            if self._checksum_of(num_bytes) != record["crc32"]:
                 break
             end += num_bytes
             self.utterances += [name for name, _ in record["written"]]
             self.lengths += [length for _, length in record["written"]]
             self.skipped += [(name, reason) for name, reason in record["skipped"]]
-            good.append(record)
-        self.num_batches = len(good) - 1
+            lines.append(json.dumps(record) + "\n")
+        self.num_batches = len(lines) - 1
         self._noted = len(self.utterances), len(self.skipped)
         self._rows.truncate(end)
         self._rows.seek(end)
-        lines = [json.dumps(record) + "\n" for record in good]
-        # The good lines are there already, letter for letter, if any is: a kill here loses none of them.
-        self._journal.truncate(sum(map(len, lines)) if sure else 0)
-        self._journal.seek(0, os.SEEK_END)
-        if not sure:
+        if self.num_batches:  # the good lines are there already, letter for letter: a kill here loses none of them
+            self._journal.truncate(sum(map(len, lines)))
+            self._journal.seek(0, os.SEEK_END)
+        else:
+            self._journal.seek(0)
+            self._journal.truncate()
             self._journal.writelines(lines)
             self._journal.flush()
+
+    def _check_same(self, first: dict, about: dict, records: list[dict], skip_bad: bool) -> None:
+        what = f"an unfinished shard is there ({self._rows.name} and the .journal beside it)"
+        if differs := [key for key in about if key not in MOVES and first.get(key) != about[key]]:
+            raise RepCodecError(
+                f"{what} that was made otherwise ({', '.join(differs)} differs): go on with the former settings, or "
+                "delete both files."
+            )
+        if not skip_bad and (skipped := sum(len(record["skipped"]) for record in records)):
+            raise RepCodecError(f"{what} that left out {skipped} sounds: go on with --skip-bad, or delete both files.")
 
     def _checksum_of(self, num_bytes: int) -> int | None:
         """Return the checksum of the next bytes, None where there are not so many."""
@@ -155,35 +168,42 @@ def write_shard(
     dim: int,
     about: dict,
     dtype: str = "float32",
-    with_skipped: bool = True,
+    skip_bad: bool = True,
 ) -> Iterator[ShardWriter]:
     """Write one shard; its files appear only when the block ends well, the .npy last.
 
-    When the block fails, or the process is killed, what was committed stays, and the next call with the same `about`
-    goes on after it; without a commit nothing stays.
+    When the block fails, or the process is killed, what was committed stays, and the next call goes on after it;
+    without a commit nothing stays.
 
     Args:
         folder: where `{rank}_{num_shards}.*` go.
         dim: D.
         about: what the .json beside the features says, besides the type and the utterances' relative paths in order.
         dtype: "float32" or "float16".
-        with_skipped: whether to go on after batches that left out utterances; otherwise such a batch is made again.
+        skip_bad: whether to go on with an unfinished shard that left out utterances.
 
     Raises:
-        RepCodecError: the files cannot be written, another process is writing them, or no utterance was appended.
+        RepCodecError: the files cannot be written, there is such a .npy already, another process is writing it, an
+            unfinished one is of another kind, or no utterance was appended.
     """
     npy = shard_path(folder, rank, num_shards, ".npy")
     partial, journal = (npy.with_name(f".{npy.stem}{suffix}") for suffix in (".npy.partial", ".journal"))
     about = json.loads(json.dumps({**about, "dim": dim, "dtype": dtype}))  # as it comes back from a file
     with locked(npy):
-        writer = None
+        if npy.exists():
+            raise RepCodecError(f"{npy}: this shard is there already; delete it, or write into another folder.")
+        kept = any(path.exists() for path in (partial, journal))
         try:
             for path in (partial, journal):
                 path.touch()
             with open(partial, "r+b") as rows, open(journal, "r+", encoding="utf-8") as lines:
                 writer = ShardWriter(rows, lines, dim, dtype)
-                writer.resume(about, with_skipped)
-                yield writer
+                writer.resume(about, skip_bad)
+                kept = False  # from here on it is the batches that count
+                try:
+                    yield writer
+                finally:
+                    kept = writer.num_batches > 0
                 if not writer.utterances:
                     raise RepCodecError(f"{npy}: no utterance is left for this shard; mend the list of sounds.")
                 writer.write_header()
@@ -193,7 +213,7 @@ def write_shard(
             os.replace(partial, npy)
             journal.unlink()
         except BaseException as error:
-            if writer is None or writer.num_batches == 0:
+            if not kept:
                 partial.unlink(missing_ok=True)
                 journal.unlink(missing_ok=True)
             if isinstance(error, OSError):
@@ -206,11 +226,9 @@ def write_shard(
 
 def _describe(npy: Path, about: dict, writer: ShardWriter) -> None:
     """Write what lies beside a shard's .npy, which itself comes last: a reader asks for all of them."""
-    _, lengths, sidecar, skipped = files = [npy.with_suffix(suffix) for suffix in SUFFIXES]
-    # An older shard's values must not stand beside these descriptions, whatever happens from here on.
-    for old in files:
-        old.unlink(missing_ok=True)
+    lengths, sidecar, skipped = files = [npy.with_suffix(suffix) for suffix in SUFFIXES[1:]]
     try:
+        skipped.unlink(missing_ok=True)  # of an older shard, whose .npy somebody deleted
         with atomic_write(sidecar) as file:
             json.dump({**about, "utterances": writer.utterances}, file, indent=1, ensure_ascii=False)
         with atomic_write(lengths) as file:

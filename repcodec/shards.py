@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from repcodec.errors import RepCodecError
+from repcodec.manifest import utterance_id
 
 SUFFIXES = (".npy", ".len", ".json", ".skipped.tsv")
 """Files of a shard: features, lengths, what they are, and the utterances left out, where any was."""
@@ -98,6 +99,7 @@ class FeatureShards:
         dim: D.
         lengths: (N,) frames of each utterance.
         names: relative path of each utterance, or None where the shards have no .json.
+        ids: their ids, or None.
         root: the audio root, "" where the shards have no .json.
         frame_rate: frames per second, None where the shards have no .json.
         manifest_sha256: hash of the manifest they were made from, None where the shards have no .json.
@@ -133,6 +135,7 @@ class FeatureShards:
         self._row_of = np.concatenate([np.cumsum(s.lengths) - s.lengths for s in self._shards])
         described = all(shard.about for shard in self._shards)
         self.names = [name for s in self._shards for name in s.about["utterances"]] if described else None
+        self.ids = [utterance_id(name) for name in self.names] if self.names is not None else None
         self.root = first.about.get("root", "")
         self.frame_rate = first.about.get("frame_rate")
         self.manifest_sha256 = first.about.get("manifest_sha256")

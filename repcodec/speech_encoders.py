@@ -5,10 +5,10 @@ follows the stack. Nothing above that block is kept or run.
 """
 
 import hashlib
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class EncoderSpec:
         layer: the default layer, 1-based; None where nobody has published one.
         waveform_norm: whether the waveform is layer-normalized over the utterance (None: the encoder takes log-mel).
         frame_rate: frames per second.
+        family: hubert, data2vec-audio or whisper, as transformers calls them; a model of another one is refused.
     """
 
     name: str
@@ -48,6 +49,7 @@ class EncoderSpec:
     layer: int | None
     waveform_norm: bool | None
     frame_rate: int
+    family: str | None = None
 
     def valid_layer(self, layer: int | None = None) -> int:
         """Return `layer`, or the default where it is None.
@@ -86,9 +88,11 @@ class SpeechEncoder(nn.Module):
         dim: D.
         layer: the layer given, 1-based.
         frame_rate: frames per second.
+        weights_sha256: hash of the weights up to `layer`: which encoder this is, wherever its files lie.
     """
 
     blocks: nn.ModuleList
+    weights_sha256 = ""
 
     def __init__(self, dim: int, layer: int):
         super().__init__()
@@ -110,8 +114,7 @@ class SpeechEncoder(nn.Module):
 
         Autocast is off, and so are TensorFloat-32 convolutions: training in mixed precision sees the same features.
         """
-        device = next(self.parameters()).device
-        with torch.autocast(device.type, enabled=False), _exact_convolutions(device):
+        with torch.autocast(next(self.parameters()).device.type, enabled=False), _exact_convolutions():
             parts = [self.segments(waveform.float()) for waveform in waveforms]
             lengths = [len(segment) for segments in parts for segment in segments]
             if not lengths:
@@ -122,19 +125,17 @@ class SpeechEncoder(nn.Module):
             rows = x[0].split([sum(len(segment) for segment in segments) for segments in parts])
         return [row[: self.num_frames(len(waveform))] for row, waveform in zip(rows, waveforms, strict=True)]
 
-    @cached_property
-    def weights_sha256(self) -> str:
-        """Hash of the weights up to `layer`: which encoder this is, wherever its files lie."""
-        digest = hashlib.sha256()
-        for name, value in sorted(self.state_dict().items()):
-            digest.update(f"{name} {tuple(value.shape)}".encode())
-            digest.update(value.cpu().contiguous().numpy())
-        return digest.hexdigest()
 
-
-def _exact_convolutions(device: torch.device) -> AbstractContextManager:
+@contextmanager
+def _exact_convolutions() -> Iterator[None]:
     """Switch off TensorFloat-32 in cuDNN's convolutions, on by default: it keeps 10 bits of the mantissa."""
-    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False) if device.type == "cuda" else nullcontext()
+    convolutions: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # torch makes it at run time
+    before = convolutions.fp32_precision
+    convolutions.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        convolutions.fp32_precision = before
 
 
 def _packed_attention(
@@ -289,7 +290,7 @@ def find_encoder(name: str, model: str | Path | None = None) -> EncoderSpec:
     # fairseq normalizes the waveform for the models whose convolutions have a LayerNorm; data2vec's always have.
     norm = None if whisper else getattr(config, "feat_extract_norm", "layer") == "layer"
     dim = config.d_model if whisper else config.hidden_size
-    return EncoderSpec(name, str(model), dim, num_layers, None, norm, SAMPLE_RATE // HOP)
+    return EncoderSpec(name, str(model), dim, num_layers, None, norm, SAMPLE_RATE // HOP, config.model_type)
 
 
 def load_speech_encoder(spec: EncoderSpec, layer: int | None = None, model: str | Path | None = None) -> SpeechEncoder:
@@ -306,13 +307,26 @@ def load_speech_encoder(spec: EncoderSpec, layer: int | None = None, model: str 
     layer = spec.valid_layer(layer)
     source = str(model or spec.model)
     whole = _load_blocks(source, layer)
+    if spec.family not in (None, found := whole.config.model_type):
+        raise RepCodecError(f"{source}: a {found} model, but {spec.name} is of the family {spec.family}.")
+    weights_sha256 = _sha256(whole)
     if whole.config.model_type == "whisper":
         encoder: SpeechEncoder = WhisperEncoder(whole, layer)
     else:
         encoder = HubertEncoder(whole, layer, bool(spec.waveform_norm))
     if encoder.dim != spec.dim:
         raise RepCodecError(f"{source}: the model has width {encoder.dim}, but {spec.name} has {spec.dim}.")
+    encoder.weights_sha256 = weights_sha256
     return encoder.eval().requires_grad_(False)
+
+
+def _sha256(model: nn.Module) -> str:
+    """Hash a model's weights as they are stored: what is computed from them differs in its last bits by machine."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)}".encode())
+        digest.update(value.contiguous().numpy())
+    return digest.hexdigest()
 
 
 def _load_blocks(source: str, layer: int) -> Any:

@@ -13,6 +13,11 @@ from repcodec.codec import RepCodec
 from repcodec.errors import RepCodecError
 from repcodec.shard_writer import write_shard
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Several test processes with several threads each hinder one another; what they start inherits this too.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+
 DIM = 8
 FAST_CODEC = ["encoder.dim=8", "quantizer.codebook_size=16"]
 

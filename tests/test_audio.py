@@ -246,6 +246,16 @@ def test_a_cut_off_m4a_is_refused(tmp_path, read, options, kept):
         read(tmp_path / "a.m4a")
 
 
+@pytest.mark.parametrize("read", [read_audio, num_samples_at_16khz])
+def test_a_playlist_in_disguise_opens_no_other_file(tmp_path, monkeypatch, read):
+    soundfile.write(tmp_path / "secret.wav", noise(16_000), 16_000)
+    (tmp_path / "a.m4a").write_text("ffconcat version 1.0\nfile secret.wav\n")
+    monkeypatch.chdir(tmp_path)
+
+    with refused("a.m4a", "not a readable sound file"):
+        read("a.m4a")
+
+
 def test_an_m4a_of_a_picture_only_is_refused(tmp_path):
     with av.open(str(tmp_path / "a.m4a"), "w", format="mp4") as container:
         stream = container.add_stream("mpeg4", rate=25)

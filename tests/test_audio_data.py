@@ -98,6 +98,34 @@ def test_a_sample_takes_whole_utterances_evenly(from_sound):
     assert np.array_equal(half[: train.lengths[0]], train.features(0))
 
 
+def test_a_sample_of_long_recordings_takes_a_stretch_of_each(tmp_path, speech, whisper_folder):
+    manifest = Manifest.read(speech / "train.tsv")
+    whole = np.concatenate([manifest.waveform(i) for i in range(len(manifest))] * 6)
+    assert len(whole) > 90 * 16_000
+    names = ["0short.wav", *(f"{i}.wav" for i in range(1, 6))]
+    for name in names:
+        soundfile.write(tmp_path / name, whole[:100] if name == "0short.wav" else whole, 16_000)
+    Manifest(tmp_path, names, [100, *[len(whole)] * 5]).write(tmp_path / "train.tsv")
+    spec = replace(encoder_table()["whisper_tiny_en"], model=str(whisper_folder))
+    module = AudioDataModule(
+        train=str(tmp_path / "train.tsv"), valid=None, test=None, encoder=asdict(spec), layer=1, batch_seconds=60
+    )
+    sample = module.train.sample(7_000)
+    assert sample.shape == (7_000, 384)
+    assert np.isfinite(sample).all()
+    ran = []
+    module.train._encode = lambda waveforms: ran.extend(waveforms) or module.encode(waveforms)
+    module.train.sample(7_000)
+    assert [len(one) for one in ran] == [60 * 16_000] * 3
+
+
+def test_sound_that_a_precision_rounded_is_refused(from_sound):
+    module = from_sound()
+    batch = next(iter(module.val_dataloader()))
+    with refused("16-mixed or bf16-mixed"):
+        module.on_after_batch_transfer(batch._replace(waveform=batch.waveform.bfloat16()), 0)
+
+
 def test_an_empty_share_of_the_validation_is_an_empty_batch(from_sound):
     module = from_sound()
     (batch,) = [module.features_of(batch) for batch in module.whole_utterances(module.valid, rank=5, world_size=6)]
@@ -321,6 +349,8 @@ def test_a_corrupt_sound_in_a_worker_is_one_sentence(speech, whisper_folder, tmp
         (["data.train=nowhere.tsv"], "nowhere.tsv: not a readable manifest"),
         (["data.train=sound.mp3"], "sound.mp3: not a list of sounds"),
         (["data.train=null"], "data.train is not set"),
+        (["data.train=???"], "Missing mandatory value: data.train"),
+        (["data.train=123"], "123: not a list of sounds"),
         (["data.batch_seconds=0"], "data.batch_seconds=0"),
         (["encoder.model=./nowhere"], "./nowhere: no such folder"),
     ],

@@ -107,6 +107,13 @@ def test_the_stream_takes_every_cut_once_a_round_in_another_order(lhotse_files):
     assert ids(shar, 1, 33) != found
 
 
+def test_an_id_that_is_there_twice_is_refused_where_statistics_are_taken(lhotse_files):
+    shards = [str(lhotse_files / "shar" / name) for name in ("cuts.000000.jsonl.gz", "recording.000000.tar")]
+    twice = Shar(shards[:1] * 2, shards[1:] * 2)
+    with refused("two cuts have the id"):
+        twice.sample(0, 10**6, lambda samples: samples)
+
+
 @pytest.mark.parametrize("start", [1, 7, 11, 12, 25])
 def test_the_stream_goes_on_from_any_place(lhotse_files, start):
     shar = open_sounds(str(lhotse_files / "shar"))
@@ -150,7 +157,7 @@ def test_a_command_is_refused_and_not_run(lhotse_files, tmp_path):
 def test_a_pipe_in_a_cut_is_refused_and_not_run(lhotse_files, tmp_path, kind):
     cuts = lines(lhotse_files)[:1]
     cuts[0]["recording"]["sources"][0] |= {"type": kind, "source": f"pipe:touch {tmp_path}/run"}
-    with refused("evil.jsonl", "cut '00'"):
+    with refused("pipe:touch", "commands are not run"):
         open_sounds(write_lines(tmp_path / "evil.jsonl", cuts)).waveform(0)
     assert not (tmp_path / "run").exists()
 
@@ -171,15 +178,48 @@ def test_a_pipe_as_a_shard_is_refused_and_not_run(lhotse_files, tmp_path, field)
         "recording": [str(lhotse_files / "shar" / "recording.000000.tar")],
     }
     shards[field] = [f"pipe:touch {tmp_path}/run"]
-    with refused("pipe:touch", "shell commands are not run"):
+    with refused("pipe:touch", "commands are not run"):
         open_sounds(shards).whole()
     assert not (tmp_path / "run").exists()
 
 
 def test_a_pipe_as_a_cutset_is_refused_and_not_run(tmp_path):
-    with refused("shell commands are not run"):
+    with refused("commands are not run"):
         open_sounds(f"pipe:touch {tmp_path}/run.jsonl")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_command_hidden_in_a_transform_is_refused_and_not_run(lhotse_files, tmp_path):
+    cuts = lines(lhotse_files)[:1]
+    hidden = lines(lhotse_files)[0]["recording"]
+    hidden["sources"][0] |= {"type": "command", "source": f"touch {tmp_path}/run; cat {lhotse_files}/00.wav"}
+    transform = {"name": "ReverbWithImpulseResponse", "kwargs": {"rir": hidden, "normalize_output": True}}
+    cuts[0]["recording"]["transforms"] = [transform]
+    with refused("evil.jsonl", "'00'", "no cut of one plain recording"):
+        open_sounds(write_lines(tmp_path / "evil.jsonl", cuts)).waveform(0)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_command_hidden_behind_a_mixed_cuts_custom_field_is_refused_and_not_run(lhotse_files, tmp_path):
+    from lhotse import CutSet
+
+    one, other = list(CutSet.from_jsonl_lazy(lhotse_files / "plain.jsonl"))[:3:2]
+    CutSet.from_cuts([one.mix(other).with_id("both")]).to_file(tmp_path / "mixed.jsonl")
+    mixed = json.loads((tmp_path / "mixed.jsonl").read_text())
+    mixed["tracks"][0]["cut"]["custom"] = {"recording": "1"}
+    evil = {"type": "command", "source": f"touch {tmp_path}/run; cat {lhotse_files}/02.wav"}
+    mixed["tracks"][1]["cut"]["recording"]["sources"][0] |= evil
+    with refused("evil.jsonl", "'both'", "no cut of one plain recording"):
+        open_sounds(write_lines(tmp_path / "evil.jsonl", [mixed])).waveform(0)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("url", ["hdfs://host/a.wav", "ssh://host/a.wav", "file:///etc/passwd", "ftp://host/a.wav"])
+def test_a_url_that_needs_another_program_or_ones_own_keys_is_refused(lhotse_files, tmp_path, url):
+    cuts = lines(lhotse_files)[:1]
+    cuts[0]["recording"]["sources"][0] |= {"type": "url", "source": url}
+    with refused(url, "http, https, s3"):
+        open_sounds(write_lines(tmp_path / "evil.jsonl", cuts))
 
 
 def test_a_mixed_cut_is_refused_by_name(lhotse_files, tmp_path):
@@ -187,7 +227,7 @@ def test_a_mixed_cut_is_refused_by_name(lhotse_files, tmp_path):
 
     one, other = list(CutSet.from_jsonl_lazy(lhotse_files / "plain.jsonl"))[:3:2]
     CutSet.from_cuts([one.mix(other).with_id("both")]).to_file(tmp_path / "mixed.jsonl")
-    with refused("mixed.jsonl", "'both'", "no cut of one recording"):
+    with refused("mixed.jsonl", "'both'", "no cut of one plain recording"):
         open_sounds(str(tmp_path / "mixed.jsonl"))
 
 
@@ -239,6 +279,8 @@ def test_a_shard_that_is_cut_off_is_refused(lhotse_files, tmp_path):
     ("source", "message"),
     [
         ("sound.mp3", "not a list of sounds"),
+        (123, "123: not a list of sounds"),
+        ({"cuts": None, "recording": None}, "needs the fields cuts and recording"),
         ({"cuts": ["a"]}, "needs the fields cuts and recording"),
         ({"cuts": ["a"], "recording": ["b", "c"]}, "1 files of cuts and 2 of recordings"),
         ({"cuts": "a.{0..}.jsonl", "recording": "b"}, "expected a range of numbers"),

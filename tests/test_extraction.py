@@ -366,6 +366,22 @@ def test_a_strict_run_that_stopped_at_a_bad_sound_goes_on_with_skip_bad(ten_soun
     assert "7.wav" in (tmp_path / "out" / "0_1.skipped.tsv").read_text()
 
 
+def test_rows_of_a_batch_that_was_never_noted_are_cut_off_when_its_sound_is_gone(ten_sounds, tmp_path):
+    whole = Windows()
+    extract(ten_sounds, tmp_path / "whole", SPEC, whole, batch_seconds=1)
+    with pytest.raises(RuntimeError):
+        extract(ten_sounds, tmp_path / "out", SPEC, Windows(fails_at=whole.calls), batch_seconds=1)
+    with open(tmp_path / "out" / ".0_1.npy.partial", "ab") as file:  # as a kill in the middle of the last batch
+        file.write(bytes(1000))
+    (ten_sounds.root / "9.wav").unlink()
+
+    extract(ten_sounds, tmp_path / "out", SPEC, Windows(), batch_seconds=1, skip_bad=True)
+
+    found, reference = FeatureShards(tmp_path / "out"), FeatureShards(tmp_path / "whole")
+    assert found.names == reference.names[:9]
+    assert np.array_equal(found.sample(10**9), reference.sample(10**9)[: found.lengths.sum()])
+
+
 def test_a_strict_run_after_a_skipping_one_makes_the_mended_sound_too(ten_sounds, tmp_path):
     extract(ten_sounds, tmp_path / "whole", SPEC, Windows(), batch_seconds=1)
     good = (ten_sounds.root / "4.wav").read_bytes()

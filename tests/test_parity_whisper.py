@@ -1,5 +1,7 @@
 """Features of the real Whisper tiny.en against an independent implementation: OpenAI's own package."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,15 @@ from repcodec.manifest import Manifest
 from repcodec.speech_encoders import encoder_table, load_speech_encoder
 
 whisper = pytest.importorskip("whisper", reason="pip install 'repcodec[parity]'")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Two threads in each of two test processes hinder each other on two cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +59,16 @@ def openai_features(encoder, waveform, layer):
 
 @pytest.fixture(scope="module")
 def waveforms(speech):
-    """Speech of under 30 s and of over 30 s."""
+    """Speech of under 30 s and of over 30 s, each ending amid a frame: half a frame is run and then cut off."""
     manifest = Manifest.read(speech / "train.tsv")
     parts = [manifest.waveform(i) for i in range(len(manifest))]
     whole = np.concatenate(parts * 2)
     assert len(parts[0]) < 30 * 16_000 < len(whole)
-    return {"short": torch.from_numpy(parts[0]), "long": torch.from_numpy(whole)}
+    whole_and_part = {"short": parts[0], "long": whole}
+    cut = {length: torch.from_numpy(x[: len(x) // 320 * 320 - 120]) for length, x in whole_and_part.items()}
+    assert len(cut["long"]) > 30 * 16_000
+    assert all(len(x) // 160 % 2 == 1 for x in cut.values())
+    return cut
 
 
 @pytest.mark.parametrize("length", ["short", "long"])
@@ -65,3 +80,26 @@ def test_every_layer_is_that_of_openais_own_implementation(whisper_folder, block
     assert found.shape == expected.shape == (len(waveform) // 320, 384)
     assert (found - expected).norm() / expected.norm() < 1e-4
     assert ((found - expected).norm(dim=1) / expected.norm(dim=1)).max() < 1e-4
+
+
+@pytest.mark.parametrize("layer", [1, 4])
+def test_a_batch_of_both_is_that_of_openais_own_implementation(whisper_folder, blocks, waveforms, layer):
+    encoder = load_speech_encoder(encoder_table()["whisper_tiny_en"], layer, whisper_folder)
+    for features, waveform in zip(encoder(list(waveforms.values())), waveforms.values(), strict=True):
+        expected = openai_features(blocks, waveform, layer)
+        assert (features - expected).norm() / expected.norm() < 1e-4
+
+
+@pytest.mark.parametrize("length", ["short", "long"])
+def test_the_log_mel_is_that_of_openais_own_implementation(whisper_folder, waveforms, length):
+    encoder = load_speech_encoder(encoder_table()["whisper_tiny_en"], 1, whisper_folder)
+    expected = whisper.audio.log_mel_spectrogram(waveforms[length])
+    torch.testing.assert_close(encoder.log_mel(waveforms[length]), expected, rtol=0, atol=1e-4)
+
+
+def test_neither_another_layer_nor_the_final_norm_passes_for_the_layer(blocks, waveforms):
+    layers = [openai_features(blocks, waveforms["short"], layer) for layer in (1, 2, 3, 4)]
+    with torch.no_grad():
+        layers.append(blocks.ln_post(layers[-1]))
+    for one, other in pairwise(layers):
+        assert (one - other).norm() > 0.1 * other.norm()

@@ -21,6 +21,10 @@ def random(*shape):
     return np.random.default_rng(sum(shape)).standard_normal(shape).astype(np.float32)
 
 
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 def write(folder, utterances, rank=0, num_shards=1, **more):
     with write_shard(folder, rank, num_shards, DIM, ABOUT | more) as shard:
         for name, features in utterances.items():
@@ -128,14 +132,16 @@ def test_a_failure_while_writing_leaves_nothing(tmp_path, failure):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_failure_while_writing_leaves_the_old_shard(tmp_path):
-    old = random(3, DIM)
-    write(tmp_path, {"a.wav": old})
-    with pytest.raises(RuntimeError), write_shard(tmp_path, 0, 1, DIM, ABOUT) as shard:
-        shard.append("a.wav", random(7, DIM))
-        raise RuntimeError
-
-    np.testing.assert_array_equal(FeatureShards(tmp_path).features(0), old)
+def test_a_shard_that_is_there_is_not_replaced(tmp_path):
+    write(tmp_path / "ours", {"a.wav": random(3, DIM)})
+    (tmp_path / "published").mkdir()
+    np.save(tmp_path / "published" / "0_1.npy", random(3, DIM))
+    (tmp_path / "published" / "0_1.len").write_text("3\n")
+    for folder in (tmp_path / "ours", tmp_path / "published"):
+        before = content(folder)
+        with refused(folder / "0_1.npy", "there already"):
+            write(folder, {"a.wav": random(7, DIM)})
+        assert content(folder) == before
 
 
 def test_an_unwritable_folder_is_refused(tmp_path):
@@ -161,15 +167,6 @@ def test_a_disk_full_before_the_lengths_leaves_nothing(tiny_disk):
 
     assert not is_finished(tiny_disk, 0, 1)
     assert not list(tiny_disk.iterdir())
-
-
-def test_a_disk_full_while_an_old_shard_is_replaced_never_leaves_a_mixture(tiny_disk):
-    old = random(3, DIM)
-    write(tiny_disk, {"a.wav": old}, layer=9)
-    with refused("No space left"):
-        write(tiny_disk, {"a.wav": old + 1}, layer=6, note="x" * 100_000)
-
-    assert not is_finished(tiny_disk, 0, 1) or np.array_equal(np.load(tiny_disk / "0_1.npy"), old)
 
 
 # Types
@@ -205,9 +202,9 @@ def test_a_value_beyond_float16_is_refused_by_name(tmp_path):
 BATCHES = [{"a.wav": random(3, DIM), "b.wav": random(1, DIM)}, {"c.wav": random(5, DIM)}, {"d.wav": random(2, DIM)}]
 
 
-def write_batches(folder, stop_after=None, about=ABOUT, with_skipped=True, bad=()):
+def write_batches(folder, stop_after=None, about=ABOUT, skip_bad=True, bad=()):
     """Write BATCHES, from where an earlier run stopped; return at which batch it began."""
-    with write_shard(folder, 0, 1, DIM, about, with_skipped=with_skipped) as shard:
+    with write_shard(folder, 0, 1, DIM, about, skip_bad=skip_bad) as shard:
         began = shard.num_batches
         for number, batch in enumerate(BATCHES[began:], start=began):
             for name, features in batch.items():
@@ -219,10 +216,6 @@ def write_batches(folder, stop_after=None, about=ABOUT, with_skipped=True, bad=(
                 raise RuntimeError
             shard.commit()
     return began
-
-
-def content(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize(("stop_after", "resumed_at"), [(0, 0), (1, 1), (2, 2)])
@@ -276,16 +269,42 @@ def test_rows_that_the_disk_lost_are_made_again(tmp_path):
     assert content(tmp_path / "x") == content(tmp_path / "whole")
 
 
-def test_what_another_kind_of_shard_left_is_not_taken(tmp_path):
-    other = ABOUT | {"layer": 3}
-    write_batches(tmp_path / "whole", about=other)
+def test_an_unfinished_shard_of_another_kind_is_neither_taken_nor_lost(tmp_path):
+    write_batches(tmp_path / "whole")
     with pytest.raises(RuntimeError):
         write_batches(tmp_path / "x", 1)
+    before = content(tmp_path / "x")
 
-    with write_shard(tmp_path / "y", 0, 1, DIM, other) as shard:
-        assert shard.differs == []
-        shard.append("a.wav", random(3, DIM))
-    assert write_batches(tmp_path / "x", about=other) == 0
+    with refused("0_1.npy.partial", "layer differs", "former settings"):
+        write_batches(tmp_path / "x", about=ABOUT | {"layer": 3})
+
+    assert content(tmp_path / "x") == before
+    assert write_batches(tmp_path / "x") == 1
+    assert content(tmp_path / "x") == content(tmp_path / "whole")
+
+
+def test_an_unfinished_shard_goes_on_where_sounds_and_model_have_moved(tmp_path):
+    with pytest.raises(RuntimeError):
+        write_batches(tmp_path / "x", 1, about=ABOUT | {"model": "/here"})
+
+    assert write_batches(tmp_path / "x", about=ABOUT | {"model": "/there", "root": "/moved"}) == 1
+    assert FeatureShards(tmp_path / "x").root == "/moved"
+
+
+def test_a_resume_that_is_interrupted_loses_nothing(tmp_path, monkeypatch):
+    write_batches(tmp_path / "whole")
+    with pytest.raises(RuntimeError):
+        write_batches(tmp_path / "x", 2)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("repcodec.shard_writer.ShardWriter._checksum_of", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            write_batches(tmp_path / "x")
+
+    assert write_batches(tmp_path / "x") == 2
     assert content(tmp_path / "x") == content(tmp_path / "whole")
 
 
@@ -301,12 +320,15 @@ def test_skipped_utterances_are_listed_and_the_rest_agrees(tmp_path):
     assert (shards.names, shards.lengths.tolist()) == (["b.wav", "d.wav"], [1, 2])
 
 
-def test_a_strict_run_does_not_go_on_after_a_skipped_utterance(tmp_path):
+def test_a_strict_run_does_not_go_on_after_a_skipped_utterance_and_loses_nothing(tmp_path):
     with pytest.raises(RuntimeError):
         write_batches(tmp_path / "x", 2, bad=["c.wav"])
 
-    assert write_batches(tmp_path / "x", with_skipped=False) == 1
-    assert FeatureShards(tmp_path / "x").names == ["a.wav", "b.wav", "c.wav", "d.wav"]
+    with refused("left out 1 sounds", "--skip-bad"):
+        write_batches(tmp_path / "x", skip_bad=False)
+
+    assert write_batches(tmp_path / "x", bad=["c.wav"]) == 2
+    assert FeatureShards(tmp_path / "x").names == ["a.wav", "b.wav", "d.wav"]
 
 
 def test_a_shard_of_nothing_is_refused(tmp_path):

@@ -1,15 +1,22 @@
+import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import threading
+from contextlib import contextmanager
+from functools import cache
+from urllib.parse import urlsplit
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 import transformers
 from conftest import refused
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from repcodec.errors import RepCodecError
 from repcodec.speech_encoders import EncoderSpec, HubertEncoder, encoder_table, find_encoder, load_speech_encoder
@@ -38,6 +45,7 @@ FAMILIES = {
         ),
     ),
 }
+LAYERS = [(name, layer) for name in FAMILIES for layer in (1, 3)] + [("data2vec_large", 5)]
 WHISPER = transformers.WhisperConfig(
     d_model=16, encoder_layers=3, encoder_attention_heads=2, encoder_ffn_dim=32, decoder_layers=1,
     decoder_attention_heads=2, decoder_ffn_dim=32, vocab_size=60, pad_token_id=0, bos_token_id=1, eos_token_id=2,
@@ -59,6 +67,15 @@ def family(name):
 def alone(encoder, waveform):
     (features,) = encoder([waveform])
     return features
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Two threads in each of two test processes hinder each other on two cores: these small models run 10x slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +125,7 @@ def whole_model(folders, name, layer):
     return run
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("layer", [1, 3])
+@pytest.mark.parametrize(("name", "layer"), LAYERS)
 def test_layer_n_is_the_output_of_block_n(folders, name, layer):
     waveform = wave()
     row = family(name)
@@ -126,6 +142,9 @@ def test_the_last_layer_of_hubert_large_is_before_the_final_norm(folders):
     features = alone(load_speech_encoder(spec(), 3, folders / "hubert_large"), waveform)
     torch.testing.assert_close(features, block, rtol=1e-4, atol=1e-5)
     assert (features - normed).norm() > 0.1 * normed.norm()
+    final_norm = transformers.HubertModel.from_pretrained(folders / "hubert_large").encoder.layer_norm
+    with torch.no_grad():
+        torch.testing.assert_close(final_norm(features), normed, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, "whisper"])
@@ -133,6 +152,35 @@ def test_nothing_above_the_layer_is_kept(folders, name):
     encoder = load_speech_encoder(family(name), 2, folders / name)
     assert len(encoder.blocks) == 2
     assert not [key for key in encoder.state_dict() if key.startswith(("blocks.2", "blocks.3"))]
+
+
+@pytest.mark.parametrize(("name", "layer"), [*LAYERS, ("whisper", 1), ("whisper", 3)])
+def test_what_is_kept_ends_with_the_layer(folders, name, layer):
+    encoder = load_speech_encoder(family(name), layer, folders / name)
+    assert encoder.layer == len(encoder.blocks) == layer
+    kept = {key.split(".")[0] for key in encoder.state_dict()}
+    expected = {"convolutions", "projection", "positions", "norm", "blocks"}
+    if name == "hubert_large":  # pre-norm: the only norm beside the blocks is the one that follows them
+        expected -= {"norm"}
+    assert kept == ({"conv1", "conv2", "positions", "blocks"} if name == "whisper" else expected)
+
+
+@pytest.mark.xfail(strict=True, reason="speech_encoders.py reads do_stable_layer_norm of data2vec, which has none")
+def test_data2vec_is_post_norm_whatever_its_config_says(folders, tmp_path):
+    """Its architecture has no such setting, but a config.json that began as wav2vec 2.0's can hold it."""
+    shutil.copytree(folders / "data2vec_base", tmp_path / "data2vec_base")
+    file = tmp_path / "data2vec_base" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"do_stable_layer_norm": True}))
+    expected, _ = whole_model(tmp_path, "data2vec_base", 2)(torch.nn.functional.layer_norm(wave(), wave().shape))
+    features = alone(load_speech_encoder(spec(), 2, tmp_path / "data2vec_base"), wave())
+    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.xfail(strict=True, reason="find_encoder reads feat_extract_norm of data2vec, which has none")
+def test_data2vec_has_its_waveform_normed_whatever_its_config_says(folders, tmp_path):
+    config = json.loads((folders / "data2vec_base" / "config.json").read_text()) | {"feat_extract_norm": "group"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert find_encoder("mine", tmp_path).waveform_norm is True
 
 
 def test_waveform_norm_is_only_where_the_table_says(folders):
@@ -153,6 +201,8 @@ def test_waveform_norm_is_over_the_whole_utterance_before_it_is_cut_into_chunks(
     torch.testing.assert_close(
         features, torch.cat([run(normed[:4000])[0], run(normed[4000:])[0]]), rtol=1e-4, atol=1e-4
     )
+    each = [run(torch.nn.functional.layer_norm(chunk, chunk.shape))[0] for chunk in waveform.split(4000)]
+    assert (features - torch.cat(each)).norm() > 1e-2 * features.norm()
 
 
 def test_long_audio_is_run_in_chunks(folders, monkeypatch):
@@ -180,21 +230,38 @@ LENGTHS = [12_345, 400, 33_000, 150, 9_000, 8_320, 640]
 """One too short for a frame, one long enough for several chunks of 10,000 samples."""
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "whisper"])
-@pytest.mark.parametrize("layer", [1, 3])
+@pytest.mark.parametrize(("name", "layer"), [*LAYERS, ("whisper", 1), ("whisper", 3)])
 def test_a_batch_gives_what_each_utterance_gives_alone(folders, name, layer, monkeypatch):
     monkeypatch.setattr(HubertEncoder, "CHUNK", 10_000)
     encoder = load_speech_encoder(family(name), layer, folders / name)
-    waveforms = [wave(samples, seed) * (seed + 1) for seed, samples in enumerate(LENGTHS)]
+    lengths = [*LENGTHS, 31 * 16_000] if name == "whisper" else LENGTHS  # over 30 s the positions are others
+    waveforms = [wave(samples, seed) * (seed + 1) for seed, samples in enumerate(lengths)]
     singles = [alone(encoder, waveform) for waveform in waveforms]
-    assert [len(single) for single in singles] == [encoder.num_frames(samples) for samples in LENGTHS]
-    for order in (range(len(LENGTHS)), np.random.default_rng(0).permutation(len(LENGTHS))):
+    assert [len(single) for single in singles] == [encoder.num_frames(samples) for samples in lengths]
+    every = range(len(lengths))
+    for order in (every, every[::-1], np.random.default_rng(0).permutation(len(lengths)), [3, 1], [2, 2, 0]):
         batch = encoder([waveforms[i] for i in order])
         for i, features in zip(order, batch, strict=True):
             assert features.shape == singles[i].shape == (len(singles[i]), encoder.dim)
             if len(features):
                 assert (features - singles[i]).norm() / singles[i].norm() < 1e-5
     assert [len(features) for features in encoder([waveforms[3]])] == [0]
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "whisper"])
+def test_padding_would_change_the_features(folders, name):
+    """The bound above tells: a batch padded with silence would be far outside of it."""
+    encoder = load_speech_encoder(family(name), 1, folders / name)
+    single, padded = alone(encoder, wave()), alone(encoder, nn.functional.pad(wave(), (0, 8000)))
+    assert (padded[: len(single)] - single).norm() > 1e-3 * single.norm()
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "whisper"])
+def test_a_batch_without_a_frame_gives_empty_features(folders, name):
+    encoder = load_speech_encoder(family(name), 1, folders / name)
+    assert encoder([]) == []
+    for features in encoder([wave(319), wave(0), wave(1).double()]):
+        assert features.shape == (0, encoder.dim) and features.dtype == torch.float32
 
 
 def test_the_real_whisper_gives_in_a_batch_what_each_utterance_gives_alone(whisper_folder, speech):
@@ -247,6 +314,15 @@ def test_the_log_mel_is_that_of_transformers(folders, samples):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
+def test_the_log_mel_ends_eight_below_the_maximum_of_the_utterance(folders):
+    waveform = wave(40_159) * torch.linspace(1, 0, 40_159) ** 8  # so quiet at its end that this bound is at work
+    options = {"sampling_rate": 16_000, "truncation": False, "padding": "do_not_pad", "return_tensors": "pt"}
+    expected = transformers.WhisperFeatureExtractor()(waveform.numpy(), **options).input_features[0]
+    assert (expected == expected.min()).float().mean() > 0.1
+    found = load_speech_encoder(spec(None), 1, folders / "whisper").log_mel(waveform)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
 def test_whisper_positions_continue_the_sinusoids(folders):
     encoder = load_speech_encoder(spec(None), 1, folders / "whisper")
     table = encoder.position_table(1600)
@@ -260,6 +336,12 @@ def test_encoders_are_frozen(folders):
     encoder = load_speech_encoder(spec(), 1, folders / "hubert_base")
     assert not encoder.training
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
+
+
+def test_weights_saved_in_half_precision_run_in_single(folders, tmp_path):
+    transformers.HubertModel.from_pretrained(folders / "hubert_base", dtype=torch.float16).save_pretrained(tmp_path)
+    encoder = load_speech_encoder(spec(False), 1, tmp_path)
+    assert {parameter.dtype for parameter in encoder.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("layer", [0, 4, -1])
@@ -311,16 +393,64 @@ def test_the_weights_hash_is_of_the_weights_up_to_the_layer(folders, tmp_path):
         assert (found == hashes[0]) == same
 
 
+@pytest.mark.parametrize("name", [*FAMILIES, "whisper"])
+def test_the_weights_hash_is_of_one_layer_of_one_model(folders, name):
+    hashes = {
+        load_speech_encoder(family(other), layer, folders / other).weights_sha256
+        for other, layer in [(name, 1), (name, 1), (name, 2), ("hubert_base", 3), ("data2vec_base", 3)]
+    }
+    assert len(hashes) == 4
+
+
+def test_the_weights_hash_does_not_depend_on_what_the_model_was_saved_in(folders, tmp_path):
+    transformers.HubertForCTC.from_pretrained(folders / "hubert_base").save_pretrained(tmp_path / "hubert_base")
+    transformers.Data2VecAudioForCTC.from_pretrained(folders / "data2vec_base").save_pretrained(
+        tmp_path / "data2vec_base"
+    )
+    transformers.WhisperModel.from_pretrained(folders / "whisper").save_pretrained(tmp_path / "whisper")
+    for name in ("hubert_base", "data2vec_base", "whisper"):
+        hashes = [load_speech_encoder(family(name), 2, root / name).weights_sha256 for root in (folders, tmp_path)]
+        assert hashes[0] == hashes[1]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_weights_hash_is_the_same_at_every_load_of_a_file_without_the_mask_of_pre_training(folders, tmp_path, name):
+    """Some published files lack it, and then transformers draws it at random."""
+    shutil.copytree(folders / name, tmp_path / name)
+    tensors = load_file(tmp_path / name / "model.safetensors")
+    tensors.pop("masked_spec_embed", None)
+    save_file(tensors, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+    hashes = {load_speech_encoder(family(name), 2, tmp_path / name).weights_sha256 for _ in range(2)}
+    assert hashes == {load_speech_encoder(family(name), 2, folders / name).weights_sha256}
+
+
 def test_a_folder_that_is_not_there_is_one_sentence(tmp_path):
     with refused(tmp_path / "nowhere", "no such folder"):
         load_speech_encoder(spec(), 1, tmp_path / "nowhere")
+    with refused(tmp_path / "nowhere", "no such folder"):
+        find_encoder("mine", tmp_path / "nowhere")
+    with refused("./nowhere", "no such folder"):
+        find_encoder("mine", "./nowhere")
+
+
+@contextmanager
+def on_one_line():
+    """Check what an error says, and let it pass."""
+    try:
+        yield
+    except RepCodecError as error:
+        assert "\n" not in str(error)
+        assert len(str(error)) < 600
+        raise
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"model_type": "nonsense"}', '{"model_type": 3}', "\x00"])
 def test_a_configuration_that_is_none_is_one_sentence(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
-    with refused(tmp_path, "no speech encoder could be loaded"):
+    with refused(tmp_path, "no speech encoder could be loaded"), on_one_line():
         load_speech_encoder(spec(), 1, tmp_path)
+    with refused(tmp_path, "no speech encoder could be loaded"), on_one_line():
+        find_encoder("mine", tmp_path)
 
 
 @pytest.mark.parametrize("name", ["hubert_base", "whisper"])
@@ -329,15 +459,21 @@ def test_corrupt_weights_are_one_sentence(folders, tmp_path, name):
     weights = tmp_path / "model" / "model.safetensors"
     for content in (b"", b"nonsense", weights.read_bytes()[:2000]):
         weights.write_bytes(content)
-        with refused(tmp_path / "model", "no speech encoder could be loaded"):
+        with refused(tmp_path / "model", "no speech encoder could be loaded"), on_one_line():
             load_speech_encoder(family(name), 1, tmp_path / "model")
 
 
 def test_weights_of_another_shape_are_one_sentence(folders, tmp_path):
     shutil.copytree(folders / "hubert_base", tmp_path / "model")
     shutil.copy(folders / "data2vec_large" / "model.safetensors", tmp_path / "model" / "model.safetensors")
-    with refused(tmp_path / "model"):
+    with refused(tmp_path / "model"), on_one_line():
         load_speech_encoder(spec(False), 1, tmp_path / "model")
+
+
+def test_a_folder_without_weights_is_one_sentence(folders, tmp_path):
+    shutil.copy(folders / "hubert_base" / "config.json", tmp_path)
+    with refused(tmp_path, "no speech encoder could be loaded", "model.safetensors"), on_one_line():
+        load_speech_encoder(spec(False), 1, tmp_path)
 
 
 def test_a_hostile_pickle_is_not_run(folders, tmp_path):
@@ -364,6 +500,13 @@ def test_no_network_for_a_hub_id_is_one_sentence(tmp_path):
     assert "without a network" in sentence and "--model" in sentence
 
 
+def test_no_network_for_another_hub_id_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # as the variable does, without its retries
+    for ask in (lambda: find_encoder("mine", "nowhere/at-all"), lambda: load_speech_encoder(spec(), 1)):
+        with refused("nowhere/at-all", "without a network", "save_pretrained", "--model"), on_one_line():
+            ask()
+
+
 def test_folder_that_is_no_model_says_what_to_do(tmp_path):
     with pytest.raises(RepCodecError, match=r"without a network.*--model"):
         load_speech_encoder(spec(), 1, tmp_path)
@@ -373,6 +516,8 @@ def test_model_of_another_kind_or_width_is_refused(folders, tmp_path):
     transformers.BertConfig().save_pretrained(tmp_path)
     with pytest.raises(RepCodecError, match="a bert model"):
         load_speech_encoder(spec(), 1, tmp_path)
+    with refused(tmp_path, "a bert model", "expected whisper, hubert, data2vec-audio"), on_one_line():
+        find_encoder("mine", tmp_path)
     with pytest.raises(RepCodecError, match="width 16, but small has 768"):
         load_speech_encoder(spec(dim=768), 1, folders / "hubert_base")
 
@@ -386,15 +531,35 @@ def test_incomplete_weights_are_refused(folders, tmp_path):
         load_speech_encoder(spec(), 1, tmp_path)
 
 
+@cache
+def why_the_hub_cannot_be_reached():
+    """Try once a process, for 4 s at most; None: it can."""
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return "no network to the hub (HF_HUB_OFFLINE is set)"
+    host = urlsplit(huggingface_hub.constants.ENDPOINT).hostname
+    outcome = [f"no network to the hub ({host} did not answer within 4 s)"]
+
+    def attempt():  # its timeout is for each address, and not for looking up the name
+        try:
+            socket.create_connection((host, 443), timeout=3).close()
+            outcome.append(None)
+        except OSError as error:
+            outcome.append(f"no network to the hub ({host}: {error})")
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(4)
+    return outcome[-1]
+
+
 @pytest.mark.hub
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_encoders_load_from_the_hub(name):
-    try:
-        socket.create_connection(("huggingface.co", 443), timeout=3).close()
-    except OSError as error:
-        pytest.skip(f"no network to the hub ({error})")
+    if reason := why_the_hub_cannot_be_reached():
+        pytest.skip(reason)
     row = encoder_table()[name]
     encoder = load_speech_encoder(row)
+    assert len(encoder.blocks) == row.layer
     (features,) = encoder([wave(16_000)])
     assert features.shape == (50 if row.waveform_norm is None else 49, row.dim)
     assert torch.isfinite(features).all()
@@ -402,4 +567,11 @@ def test_published_encoders_load_from_the_hub(name):
     if name.startswith("hubert"):
         large = name == "hubert_large"
         assert (config.feat_extract_norm, config.do_stable_layer_norm) == ("layer" if large else "group", large)
-        assert find_encoder("other", row.model).waveform_norm == row.waveform_norm
+    found = find_encoder("other", row.model)
+    assert (found.dim, found.num_layers, found.waveform_norm) == (row.dim, row.num_layers, row.waveform_norm)
+    if name.startswith("whisper"):
+        assert (config.num_mel_bins, config.max_source_positions) == (80, 1500)
+        return
+    norms = [type(module) for module in encoder.convolutions.modules() if "Norm" in type(module).__name__[-9:]]
+    assert norms == ([nn.GroupNorm] if name == "hubert_base" else [nn.LayerNorm] * 7)
+    assert isinstance(encoder.norm, nn.Identity if name == "hubert_large" else nn.LayerNorm)
