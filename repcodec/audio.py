@@ -13,8 +13,8 @@ SAMPLE_RATE = 16_000
 SOUND_SUFFIXES = {".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".m4a"}
 """Endings of the files that `find_sound_files` takes; libsndfile reads them all but .m4a, which needs PyAV."""
 
-BLOCK, UNKNOWN = 2**22, 2**40
-"""Samples read at a time; and more than any sound has: a header that says so, as of a streamed FLAC, does not know."""
+SAMPLES_A_BYTE = 20_000
+"""More than any format packs, silence included: a header that says more lies, or does not know, as in a streamed FLAC."""
 
 
 def read_audio(path: Path | str) -> np.ndarray:
@@ -83,9 +83,8 @@ def num_samples_at_16khz(path: Path | str) -> int:
         info = soundfile.info(str(path))
     except (soundfile.SoundFileError, OSError, TypeError) as error:
         raise _unreadable(path, error) from error
-    if not 0 < info.frames < UNKNOWN:
-        return len(read_audio(path))
-    return samples_at_16khz(info.frames, info.samplerate)
+    _check_announced(path, info.frames)
+    return samples_at_16khz(info.frames, info.samplerate) or len(read_audio(path))
 
 
 def find_sound_files(root: Path | str) -> list[Path]:
@@ -127,6 +126,15 @@ def _unreadable(path: Path | str, error: Exception) -> RepCodecError:
     return RepCodecError(f"{path}: not a readable sound file ({error}); remove it or convert it.")
 
 
+def _check_announced(path: Path | str, num_samples: int) -> None:
+    """Refuse a header whose number of samples cannot be true, before memory is taken for them."""
+    size = os.path.getsize(path)
+    if num_samples > SAMPLES_A_BYTE * size:
+        raise RepCodecError(
+            f"{path}: its header says {num_samples} samples, which {size} bytes cannot hold, or does not know; convert it."
+        )
+
+
 def _decode(path: Path | str) -> tuple[np.ndarray, int]:
     """Return (S', channels) float32 samples and their rate in hertz."""
     import soundfile
@@ -134,13 +142,11 @@ def _decode(path: Path | str) -> tuple[np.ndarray, int]:
     try:
         with soundfile.SoundFile(path) as file:
             announced, rate = file.frames, file.samplerate
-            blocks = [file.read(BLOCK, dtype="float32", always_2d=True)]
-            while len(blocks[-1]) == BLOCK:
-                blocks.append(file.read(BLOCK, dtype="float32", always_2d=True))
-    except (soundfile.SoundFileError, OSError, TypeError) as error:  # TypeError: raw samples without a header
+            _check_announced(path, announced)
+            samples = file.read(dtype="float32", always_2d=True)
+    except (soundfile.SoundFileError, OSError, TypeError, MemoryError) as error:  # TypeError: raw, without a header
         raise _unreadable(path, error) from error
-    samples = np.concatenate(blocks)
-    if len(samples) < announced < UNKNOWN:
+    if len(samples) < announced:
         raise RepCodecError(
             f"{path}: the sound is cut off: {len(samples)} samples, its header says {announced}; copy it again."
         )

@@ -303,7 +303,7 @@ def test_links_are_followed_and_a_cycle_of_them_ends(tmp_path):
 
     found = [path.relative_to(root).as_posix() for path in find_sound_files(root)]
 
-    assert found == ["a/one.wav", "b.m4a", "link/deep/two.flac", "link/three.m4a"]
+    assert found == ["a/one.wav", "b.m4a", "broken.wav", "link/deep/two.flac", "link/three.m4a"]
 
 
 def test_a_folder_that_is_linked_to_again_is_listed_once(tmp_path):
@@ -327,3 +327,47 @@ def test_a_root_that_is_no_folder_is_refused(tmp_path, name):
 
     with refused(tmp_path / name, "not a folder"):
         find_sound_files(tmp_path / name)
+
+
+# Headers that do not know or do not tell the truth
+
+
+def flac_that_claims(path, num_samples):
+    """A real FLAC of 20,000 samples whose STREAMINFO gives another total: 36 bits after the sampling rate."""
+    soundfile.write(path, noise(20_000), 16_000)
+    data = bytearray(path.read_bytes())
+    word = int.from_bytes(data[18:26], "big") >> 36 << 36 | num_samples
+    data[18:26] = word.to_bytes(8, "big")
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("read", [read_audio, num_samples_at_16khz])
+@pytest.mark.parametrize("claim", [0, 2**36 - 1])  # 0: unknown, as in a streamed FLAC
+def test_a_flac_of_unknown_length_or_that_claims_years_is_refused(tmp_path, read, claim):
+    path = flac_that_claims(tmp_path / "a.flac", claim)
+
+    with refused(path, "its header says", "convert it"):
+        read(path)
+
+
+def test_an_hour_of_silence_is_no_lie(tmp_path):
+    for ending in ("flac", "ogg", "mp3"):
+        soundfile.write(tmp_path / f"a.{ending}", np.zeros(16_000 * 3600, np.float32), 16_000)
+
+        assert num_samples_at_16khz(tmp_path / f"a.{ending}") == 16_000 * 3600
+
+
+def test_a_folder_that_cannot_be_listed_is_refused(tmp_path, monkeypatch):
+    soundfile.write(tmp_path / "a.wav", noise(10), 16_000)
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def closed(path):
+        if str(path).endswith("closed"):  # root may list everything
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with refused(tmp_path / "closed", "cannot be listed"):
+        find_sound_files(tmp_path)

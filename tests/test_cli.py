@@ -394,7 +394,8 @@ def test_a_task_of_a_slurm_job_array_makes_its_shard(manifest, tmp_path, monkeyp
     [
         ({}, "SLURM_ARRAY_TASK_ID is not set: submit with sbatch --array=0-N"),
         ({"ID": "0"}, "SLURM_ARRAY_TASK_COUNT is not set"),
-        ({"ID": "1", "COUNT": "3", "MIN": "1"}, "the job array starts at 1: submit with sbatch --array=0-N"),
+        ({"ID": "1", "COUNT": "3", "MIN": "1", "MAX": "3"}, "the job array has 3 tasks from 1 to 3: submit all"),
+        ({"ID": "0", "COUNT": "2", "MIN": "0", "MAX": "7"}, "the job array has 2 tasks from 0 to 7: submit all"),
         ({"ID": "6", "COUNT": "4", "MIN": "0"}, "6/4: expected I/N"),
     ],
 )

@@ -33,6 +33,7 @@ class Windows(SpeechEncoder):
         super().__init__(4, 1)
         self.weight = torch.nn.Parameter(torch.tensor(scale))
         self.blocks = torch.nn.ModuleList()
+        self.weights_sha256 = f"of scale {scale}"
         self.calls, self.fails_at = 0, fails_at
 
     @classmethod
@@ -340,15 +341,15 @@ def test_an_extraction_that_fails_at_every_batch_gets_to_the_end(ten_sounds, tmp
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
-def test_an_unfinished_shard_made_otherwise_is_begun_anew_and_says_so(ten_sounds, tmp_path, capsys):
-    extract(ten_sounds, tmp_path / "whole", SPEC, Windows(), batch_seconds=1)
+def test_an_unfinished_shard_made_otherwise_is_refused_and_kept(ten_sounds, tmp_path):
     with pytest.raises(RuntimeError):
         extract(ten_sounds, tmp_path / "out", SPEC, Windows(2.0, fails_at=3), batch_seconds=0.5)
+    before = content(tmp_path / "out")
 
-    extract(ten_sounds, tmp_path / "out", SPEC, Windows(), batch_seconds=1)
+    with refused("0_1.npy.partial", "weights_sha256, batch_seconds differs", "former settings"):
+        extract(ten_sounds, tmp_path / "out", SPEC, Windows(), batch_seconds=1)
 
-    assert "made otherwise (weights_sha256, batch_seconds): begun anew" in capsys.readouterr().out
-    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    assert content(tmp_path / "out") == before
 
 
 def test_a_strict_run_that_stopped_at_a_bad_sound_goes_on_with_skip_bad(ten_sounds, tmp_path):
@@ -382,16 +383,16 @@ def test_rows_of_a_batch_that_was_never_noted_are_cut_off_when_its_sound_is_gone
     assert np.array_equal(found.sample(10**9), reference.sample(10**9)[: found.lengths.sum()])
 
 
-def test_a_strict_run_after_a_skipping_one_makes_the_mended_sound_too(ten_sounds, tmp_path):
-    extract(ten_sounds, tmp_path / "whole", SPEC, Windows(), batch_seconds=1)
-    good = (ten_sounds.root / "4.wav").read_bytes()
+def test_a_strict_run_after_a_skipping_one_is_refused_and_loses_nothing(ten_sounds, tmp_path):
     (ten_sounds.root / "4.wav").write_bytes(b"no sound")
+    extract(ten_sounds, tmp_path / "whole", SPEC, Windows(), batch_seconds=1, skip_bad=True)
     with pytest.raises(RuntimeError):
         extract(ten_sounds, tmp_path / "out", SPEC, Windows(fails_at=5), batch_seconds=1, skip_bad=True)
-    (ten_sounds.root / "4.wav").write_bytes(good)
 
-    extract(ten_sounds, tmp_path / "out", SPEC, Windows(), batch_seconds=1)
+    with refused("left out 1 sounds", "--skip-bad"):
+        extract(ten_sounds, tmp_path / "out", SPEC, Windows(), batch_seconds=1)
 
+    extract(ten_sounds, tmp_path / "out", SPEC, Windows(), batch_seconds=1, skip_bad=True)
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
