@@ -14,7 +14,7 @@ SOUND_SUFFIXES = {".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".m
 """Endings of the files that `find_sound_files` takes; libsndfile reads them all but .m4a, which needs PyAV."""
 
 SAMPLES_A_BYTE = 20_000
-"""More than any format packs, silence included: a header that says more lies, or does not know, as in a streamed FLAC."""
+"""More than any format packs, silence included: a header that says more lies or, as in a streamed FLAC, knows not."""
 
 
 def read_audio(path: Path | str) -> np.ndarray:
@@ -131,7 +131,7 @@ def _check_announced(path: Path | str, num_samples: int) -> None:
     size = os.path.getsize(path)
     if num_samples > SAMPLES_A_BYTE * size:
         raise RepCodecError(
-            f"{path}: its header says {num_samples} samples, which {size} bytes cannot hold, or does not know; convert it."
+            f"{path}: its header says {num_samples} samples, which {size} bytes cannot hold; convert it."
         )
 
 

@@ -351,11 +351,13 @@ def test_a_flac_of_unknown_length_or_that_claims_years_is_refused(tmp_path, read
         read(path)
 
 
-def test_an_hour_of_silence_is_no_lie(tmp_path):
-    for ending in ("flac", "ogg", "mp3"):
-        soundfile.write(tmp_path / f"a.{ending}", np.zeros(16_000 * 3600, np.float32), 16_000)
+@pytest.mark.parametrize("ending", ["flac", "ogg", "mp3"])
+def test_ten_minutes_of_silence_are_no_lie(tmp_path, ending):
+    with soundfile.SoundFile(tmp_path / f"a.{ending}", "w", 16_000, 1) as file:
+        for _ in range(600):
+            file.write(np.zeros(16_000, np.float32))
 
-        assert num_samples_at_16khz(tmp_path / f"a.{ending}") == 16_000 * 3600
+    assert num_samples_at_16khz(tmp_path / f"a.{ending}") == 16_000 * 600
 
 
 def test_a_folder_that_cannot_be_listed_is_refused(tmp_path, monkeypatch):
