@@ -23,6 +23,9 @@ from repcodec.errors import RepCodecError
 HOP = 320
 """Samples a frame: 16,000 Hz / 320 = 50 frames per second."""
 
+UNUSED = "masked_spec_embed"
+"""Serves pre-training only; some published files lack it, and get a random one."""
+
 BATCH_SECONDS = 100.0
 """Seconds of sound that a speech encoder runs at once, unless told otherwise."""
 
@@ -172,7 +175,8 @@ class HubertEncoder(SpeechEncoder):
         for module in self.positions.modules():  # the weight norm, once instead of at every call
             if is_parametrized(module):
                 remove_parametrizations(module, "weight")
-        pre_norm = getattr(model.config, "do_stable_layer_norm", False)
+        # data2vec's is always post-norm, though its published configurations, written for wav2vec 2.0, say otherwise.
+        pre_norm = model.config.model_type == "hubert" and model.config.do_stable_layer_norm
         self.norm: nn.Module = nn.Identity() if pre_norm else model.encoder.layer_norm
         self.blocks = model.encoder.layers
 
@@ -288,7 +292,7 @@ def find_encoder(name: str, model: str | Path | None = None) -> EncoderSpec:
     whisper = config.model_type == "whisper"
     num_layers = config.encoder_layers if whisper else config.num_hidden_layers
     # fairseq normalizes the waveform for the models whose convolutions have a LayerNorm; data2vec's always have.
-    norm = None if whisper else getattr(config, "feat_extract_norm", "layer") == "layer"
+    norm = None if whisper else config.model_type != "hubert" or config.feat_extract_norm == "layer"
     dim = config.d_model if whisper else config.hidden_size
     return EncoderSpec(name, str(model), dim, num_layers, None, norm, SAMPLE_RATE // HOP, config.model_type)
 
@@ -324,6 +328,8 @@ def _sha256(model: nn.Module) -> str:
     """Hash a model's weights as they are stored: what is computed from them differs in its last bits by machine."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
+        if UNUSED in name:
+            continue
         digest.update(f"{name} {tuple(value.shape)}".encode())
         digest.update(value.contiguous().numpy())
     return digest.hexdigest()
@@ -359,8 +365,7 @@ def _load_blocks(source: str, layer: int) -> Any:
         raise _not_loadable(source, error) from error
     finally:
         transformers.utils.logging.set_verbosity(level)
-    # masked_spec_embed serves pre-training only, and some published files lack it.
-    missing = [name for name in report["missing_keys"] if "masked_spec_embed" not in name]
+    missing = [name for name in report["missing_keys"] if UNUSED not in name]
     if missing:
         raise RepCodecError(f"{source}: the weights lack {missing[0]} and {len(missing) - 1} more; download it again.")
     return model

