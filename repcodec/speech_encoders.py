@@ -289,12 +289,10 @@ def find_encoder(name: str, model: str | Path | None = None) -> EncoderSpec:
             "--model FOLDER_OR_HUB_ID."
         )
     config = _read_config(str(model))
-    whisper = config.model_type == "whisper"
-    num_layers = config.encoder_layers if whisper else config.num_hidden_layers
     # fairseq normalizes the waveform for the models whose convolutions have a LayerNorm; data2vec's always have.
-    norm = None if whisper else config.model_type != "hubert" or config.feat_extract_norm == "layer"
-    dim = config.d_model if whisper else config.hidden_size
-    return EncoderSpec(name, str(model), dim, num_layers, None, norm, SAMPLE_RATE // HOP, config.model_type)
+    norms = {"whisper": None, "data2vec-audio": True, "hubert": getattr(config, "feat_extract_norm", None) == "layer"}
+    shape, family = (config.hidden_size, config.num_hidden_layers), config.model_type
+    return EncoderSpec(name, str(model), *shape, None, norms[family], SAMPLE_RATE // HOP, family)
 
 
 def load_speech_encoder(spec: EncoderSpec, layer: int | None = None, model: str | Path | None = None) -> SpeechEncoder:
@@ -328,10 +326,9 @@ def _sha256(model: nn.Module) -> str:
     """Hash a model's weights as they are stored: what is computed from them differs in its last bits by machine."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
-        if UNUSED in name:
-            continue
-        digest.update(f"{name} {tuple(value.shape)}".encode())
-        digest.update(value.contiguous().numpy())
+        if UNUSED not in name:
+            digest.update(f"{name} {tuple(value.shape)}".encode())
+            digest.update(value.contiguous().numpy())
     return digest.hexdigest()
 
 
@@ -343,15 +340,15 @@ def _load_blocks(source: str, layer: int) -> Any:
     config = _read_config(source)
     # A whole Whisper names its encoder's weights model.encoder.* or encoder.*.
     inner = {r"^(model\.)?encoder\.": ""}
-    classes: dict[str, tuple[Any, str, dict | None]] = {
-        "whisper": (WhisperBlocks, "encoder_layers", inner),
-        "hubert": (transformers.HubertModel, "num_hidden_layers", None),
-        "data2vec-audio": (transformers.Data2VecAudioModel, "num_hidden_layers", None),
+    classes: dict[str, tuple[Any, dict | None]] = {
+        "whisper": (WhisperBlocks, inner),
+        "hubert": (transformers.HubertModel, None),
+        "data2vec-audio": (transformers.Data2VecAudioModel, None),
     }
-    cls, num_layers, names = classes[config.model_type]
-    if layer > getattr(config, num_layers):
-        raise RepCodecError(f"layer={layer}: the model in {source} has layers 1 to {getattr(config, num_layers)}.")
-    setattr(config, num_layers, layer)
+    cls, names = classes[config.model_type]
+    if layer > config.num_hidden_layers:
+        raise RepCodecError(f"layer={layer}: the model in {source} has layers 1 to {config.num_hidden_layers}.")
+    config.num_hidden_layers = layer  # Whisper's configuration takes that for its encoder's layers
     transformers.AttentionInterface.register("packed", _packed_attention)
     transformers.utils.logging.disable_progress_bar()
     level = transformers.utils.logging.get_verbosity()
@@ -381,9 +378,7 @@ def _read_config(source: str) -> Any:
     import transformers
 
     if source.startswith(("/", ".", "~")) and not Path(source).is_dir():
-        raise RepCodecError(
-            f"{source}: no such folder; give one that transformers' save_pretrained wrote, or a hub id."
-        )
+        raise RepCodecError(f"{source}: no such folder; give one that save_pretrained wrote, or a hub id.")
     huggingface_hub.utils.logging.set_verbosity_error()  # it would tell of every try without a network
     try:
         config = transformers.AutoConfig.from_pretrained(source)
