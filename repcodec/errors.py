@@ -22,8 +22,10 @@ def user_message(error: BaseException) -> str | None:
     """
     # By name: this file is imported where neither Hydra nor Lightning must be.
     making = type(error).__name__ == "InstantiationException"
-    if type(error).__module__ in ("hydra.errors", "omegaconf.errors") and not making:
-        return str(error).strip()
+    if type(error).__module__ == "omegaconf.errors":  # its further lines are of no use to the user
+        return str(error).splitlines()[0]
+    if type(error).__module__ == "hydra.errors" and not making:
+        return str(error)
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, RepCodecError):

@@ -175,7 +175,7 @@ class HubertEncoder(SpeechEncoder):
         for module in self.positions.modules():  # the weight norm, once instead of at every call
             if is_parametrized(module):
                 remove_parametrizations(module, "weight")
-        # data2vec's is always post-norm, though its published configurations, written for wav2vec 2.0, say otherwise.
+        # data2vec's is always post-norm, whatever its configuration, which may have begun as wav2vec 2.0's, says.
         pre_norm = model.config.model_type == "hubert" and model.config.do_stable_layer_norm
         self.norm: nn.Module = nn.Identity() if pre_norm else model.encoder.layer_norm
         self.blocks = model.encoder.layers
@@ -308,9 +308,7 @@ def load_speech_encoder(spec: EncoderSpec, layer: int | None = None, model: str 
     """
     layer = spec.valid_layer(layer)
     source = str(model or spec.model)
-    whole = _load_blocks(source, layer)
-    if spec.family not in (None, found := whole.config.model_type):
-        raise RepCodecError(f"{source}: a {found} model, but {spec.name} is of the family {spec.family}.")
+    whole = _load_blocks(source, layer, spec)
     weights_sha256 = _sha256(whole)
     if whole.config.model_type == "whisper":
         encoder: SpeechEncoder = WhisperEncoder(whole, layer)
@@ -332,12 +330,14 @@ def _sha256(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _load_blocks(source: str, layer: int) -> Any:
+def _load_blocks(source: str, layer: int, spec: EncoderSpec) -> Any:
     """Load a transformers model as far as block `layer`: the blocks above are not even read."""
     import transformers
     from transformers.models.whisper.modeling_whisper import WhisperEncoder as WhisperBlocks
 
     config = _read_config(source)
+    if spec.family not in (None, config.model_type):
+        raise RepCodecError(f"{source}: a {config.model_type} model, but {spec.name} is of the family {spec.family}.")
     # A whole Whisper names its encoder's weights model.encoder.* or encoder.*.
     inner = {r"^(model\.)?encoder\.": ""}
     classes: dict[str, tuple[Any, dict | None]] = {

@@ -174,3 +174,9 @@ def test_evaluate_composes():
     config = configuration("encoder=whisper_tiny_en", "data=demo", name="evaluate")
     for node in targets(config):
         check_arguments(node)
+
+
+def test_every_encoder_has_its_family():
+    families = {"hubert": "hubert", "data2vec": "data2vec-audio", "whisper": "whisper"}
+    for path in (CONF / "encoder").glob("*.yaml"):
+        assert yaml.safe_load(path.read_text())["family"] == families[path.stem.split("_")[0]]

@@ -585,3 +585,12 @@ def test_published_encoders_load_from_the_hub(name):
     norms = [type(module) for module in encoder.convolutions.modules() if "Norm" in type(module).__name__[-9:]]
     assert norms == ([nn.GroupNorm] if name == "hubert_base" else [nn.LayerNorm] * 7)
     assert isinstance(encoder.norm, nn.Identity if name == "hubert_large" else nn.LayerNorm)
+
+
+@pytest.mark.parametrize(
+    ("name", "model"), [("whisper", "hubert_base"), ("hubert_base", "whisper"), ("data2vec_base", "hubert_base")]
+)
+def test_a_model_of_another_family_is_refused_whatever_its_width(folders, name, model):
+    row = find_encoder("mine", folders / name)
+    with refused(folders / model, "but mine is of the family"):
+        load_speech_encoder(row, 1, folders / model)
