@@ -31,7 +31,7 @@ def read_audio(path: Path | str) -> np.ndarray:
     Raises:
         RepCodecError: the file is missing, unreadable, cut off, empty or holds a value that is not finite.
     """
-    samples, rate = _decode_m4a(path) if _is_m4a(path) else _decode(path)
+    samples, rate = _decode_with_av(path, "mov") if _is_m4a(path) else _decode(path)
     return to_mono_16khz(samples, rate, str(path))
 
 
@@ -84,6 +84,8 @@ def num_samples_at_16khz(path: Path | str) -> int:
     except (soundfile.SoundFileError, OSError, TypeError) as error:
         raise _unreadable(path, error) from error
     _check_announced(path, info.frames)
+    if _is_bare_mp3(path, info.format):
+        return len(read_audio(path))
     return samples_at_16khz(info.frames, info.samplerate) or len(read_audio(path))
 
 
@@ -126,6 +128,10 @@ def _unreadable(path: Path | str, error: Exception) -> RepCodecError:
     return RepCodecError(f"{path}: not a readable sound file ({error}); remove it or convert it.")
 
 
+def _cut_off(path: Path | str, found: int, announced: int) -> RepCodecError:
+    return RepCodecError(f"{path}: the sound is cut off: {found} samples, its header says {announced}; copy it again.")
+
+
 def _check_announced(path: Path | str, num_samples: int) -> None:
     """Refuse a header whose number of samples cannot be true, before memory is taken for them."""
     size = os.path.getsize(path)
@@ -143,32 +149,55 @@ def _decode(path: Path | str) -> tuple[np.ndarray, int]:
         with soundfile.SoundFile(path) as file:
             announced, rate = file.frames, file.samplerate
             _check_announced(path, announced)
+            if _is_bare_mp3(path, file.format):
+                return _decode_with_av(path, "mp3")
             samples = file.read(dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, OSError, TypeError, MemoryError) as error:  # TypeError: raw, without a header
         raise _unreadable(path, error) from error
     if len(samples) < announced:
-        raise RepCodecError(
-            f"{path}: the sound is cut off: {len(samples)} samples, its header says {announced}; copy it again."
-        )
+        raise _cut_off(path, len(samples), announced)
     return samples, rate
 
 
-def _decode_m4a(path: Path | str) -> tuple[np.ndarray, int]:
-    """Return (S', channels) float32 samples of an .m4a and their rate in hertz."""
+def _is_bare_mp3(path: Path | str, kind: str) -> bool:
+    """Say whether a file is an MP3 whose first frame does not say how long it is.
+
+    libsndfile guesses then, from the first frame's bit rate, and reads no further than its guess.
+    """
+    if kind != "MP3":
+        return False
+    with open(path, "rb") as file:
+        start = file.read(10)
+        # A tag may come before the first frame; its size has 7 bits a byte.
+        tag = 10 + sum(byte << 7 * place for place, byte in enumerate(reversed(start[6:])))
+        file.seek(tag if start[:3] == b"ID3" else 0)
+        first_frame = file.read(1500)
+    return not any(mark in first_frame for mark in (b"Xing", b"Info", b"VBRI"))
+
+
+def _decode_with_av(path: Path | str, kind: str) -> tuple[np.ndarray, int]:
+    """Return (S', channels) float32 samples of FFmpeg's format "mov" or "mp3" and their rate in hertz."""
     try:
         import av
     except ImportError as error:
+        what = ".m4a" if kind == "mov" else "an MP3 that does not say how long it is"
         raise RepCodecError(
-            f"{path}: reading .m4a needs PyAV: pip install 'repcodec[audio]', or convert it."
+            f"{path}: reading {what} needs PyAV: pip install 'repcodec[audio]', or convert it."
         ) from error
+    announced = None
     try:
         # From an open file and as this one format: a playlist in disguise cannot name other files or hosts.
-        with open(path, "rb") as file, av.open(file, "r", format="mov", metadata_errors="replace") as container:
+        with open(path, "rb") as file, av.open(file, "r", format=kind, metadata_errors="replace") as container:
             stream = container.streams.audio[0]
             to_float = av.AudioResampler(format="fltp")
             frames = [out for frame in container.decode(stream) for out in to_float.resample(frame)]
             blocks = [frame.to_ndarray() for frame in frames + to_float.resample(None)]
             rate = stream.rate
+            if kind == "mov" and stream.duration and stream.time_base:
+                announced = round(stream.duration * stream.time_base * rate)
     except (av.FFmpegError, OSError, IndexError, ValueError) as error:
         raise _unreadable(path, error) from error
-    return np.concatenate([*blocks, np.zeros((stream.channels, 0), np.float32)], axis=1).T, rate
+    samples = np.concatenate([*blocks, np.zeros((stream.channels, 0), np.float32)], axis=1).T
+    if announced is not None and len(samples) < announced - 2048:  # AAC's longest frame
+        raise _cut_off(path, len(samples), announced)
+    return samples[:announced], rate  # AAC's last frame is filled up with silence
