@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from repcodec.audio import samples_at_16khz, to_mono_16khz
-from repcodec.errors import RepCodecError
+from repcodec.errors import RepCodecError, first_line
 from repcodec.manifest import Manifest, SoundList
 
 SCHEMES = ("http", "https", "s3", "gs", "azure")
@@ -98,7 +98,7 @@ def read_cut(cut: Any, source: str) -> np.ndarray:
     try:
         samples = cut.load_audio()
     except Exception as error:  # lhotse and what it reads with raise many kinds
-        raise RepCodecError(f"{where}: the sound cannot be read ({_first_line(error)}).") from error
+        raise RepCodecError(f"{where}: the sound cannot be read ({first_line(error)}).") from error
     return to_mono_16khz(samples.T, cut.sampling_rate, where)
 
 
@@ -273,7 +273,7 @@ def _guarded(make: Callable[[], Any], source: str) -> Iterator[Any]:
     except RepCodecError:
         raise
     except Exception as error:  # lhotse and what it reads with raise many kinds
-        raise RepCodecError(f"{source}: not a readable list of cuts ({_first_line(error)}).") from error
+        raise RepCodecError(f"{source}: not a readable list of cuts ({first_line(error)}).") from error
 
 
 def _guarded_lines(source: str) -> Iterator[str]:
@@ -310,7 +310,3 @@ def _expand(names: str | Sequence[str]) -> list[str]:
     if not (first.isdecimal() and last.isdecimal()):
         raise RepCodecError(f"{names}: expected a range of numbers in braces, such as {{000000..000099}}.")
     return [f"{before}{number:0{len(first)}d}{after}" for number in range(int(first), int(last) + 1)]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

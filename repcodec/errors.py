@@ -13,6 +13,11 @@ class RepCodecError(Exception):
     """
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def user_message(error: BaseException) -> str | None:
     """Return the sentence for the user behind an error, None where it is no user's mistake.
 
@@ -23,7 +28,7 @@ def user_message(error: BaseException) -> str | None:
     # By name: this file is imported where neither Hydra nor Lightning must be.
     making = type(error).__name__ == "InstantiationException"
     if type(error).__module__ == "omegaconf.errors":  # its further lines are of no use to the user
-        return str(error).splitlines()[0]
+        return first_line(error)
     if type(error).__module__ == "hydra.errors" and not making:
         return str(error)
     cause: BaseException | None = error

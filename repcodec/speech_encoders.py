@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
 from repcodec.audio import SAMPLE_RATE
-from repcodec.errors import RepCodecError
+from repcodec.errors import RepCodecError, first_line
 
 HOP = 320
 """Samples a frame: 16,000 Hz / 320 = 50 frames per second."""
@@ -390,8 +390,7 @@ def _read_config(source: str) -> Any:
 
 
 def _not_loadable(source: str, error: Exception) -> RepCodecError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
     return RepCodecError(
         f"{source}: no speech encoder could be loaded from there; without a network, save the model with "
-        f"transformers' save_pretrained elsewhere and give that folder with --model ({reason})"
+        f"transformers' save_pretrained elsewhere and give that folder with --model ({first_line(error)})"
     )

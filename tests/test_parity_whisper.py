@@ -12,15 +12,6 @@ from repcodec.speech_encoders import encoder_table, load_speech_encoder
 whisper = pytest.importorskip("whisper", reason="pip install 'repcodec[parity]'")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Two threads in each of two test processes hinder each other on two cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def blocks(whisper_folder):
     """OpenAI's encoder with the same weights; transformers' names for them, renamed."""

@@ -69,15 +69,6 @@ def alone(encoder, waveform):
     return features
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Two threads in each of two test processes hinder each other on two cores: these small models run 10x slower."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Random weights of every family, saved by transformers."""
