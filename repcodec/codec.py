@@ -7,24 +7,20 @@ Source: RepCodec: A Speech Representation Codec for Speech Tokenization (Huang e
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from math import prod
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from repcodec.checkpoint import load_tensors, read_config, save_folder
+from repcodec.architecture import Architecture
+from repcodec.checkpoint import load_tensors, local_folder, read_config, save_folder
 from repcodec.errors import RepCodecError
-from repcodec.quantizers import QUANTIZERS, EMAQuantizer, Quantizer, QuantizerOutput
-from repcodec.stacks import DecoderStack, EncoderStack, frame_mask, start_as_identity
+from repcodec.packing import encode_packed
+from repcodec.quantizers import NO_CODE, QUANTIZERS, EMAQuantizer, Quantizer, QuantizerOutput
+from repcodec.stacks import DecoderStack, EncoderStack, frame_mask, packed, start_as_identity
 
-ARCHITECTURE = (
-    *("dim", "input_channels", "output_channels", "encode_channels", "decode_channels", "code_dim", "bias"),
-    *("enc_ratios", "dec_ratios", "enc_strides", "dec_strides", "enc_kernel_size", "dec_kernel_size"),
-    *("enc_block_dilations", "enc_block_kernel_size", "dec_block_dilations", "dec_block_kernel_size"),
-)
-"""The published names of the options that shape the stacks; config.json holds them, and the quantizer's."""
+OPTIONS = [field.name for field in fields(Architecture)]
 
 
 @dataclass
@@ -50,8 +46,9 @@ class RepCodec(nn.Module):
 
     Attributes:
         dim: D.
-        stride: frames a code.
+        architecture: the shape of the stacks.
         quantizer: see `repcodec.quantizers.Quantizer`.
+        about: what config.json says besides: speech encoder, layer, frame rate …
         feature_mean: (D,) buffer.
         feature_scale: scalar buffer.
     """
@@ -63,103 +60,49 @@ class RepCodec(nn.Module):
         self,
         dim: int,
         *,
-        input_channels: int | None = None,
-        output_channels: int | None = None,
-        encode_channels: int | None = None,
-        decode_channels: int | None = None,
-        code_dim: int | None = None,
         codebook_num: int = 1,
         codebook_size: int = 1024,
-        bias: bool = True,
-        enc_ratios: Sequence[int] = (1, 1),
-        dec_ratios: Sequence[int] = (1, 1),
-        enc_strides: Sequence[int] = (1, 1),
-        dec_strides: Sequence[int] = (1, 1),
-        enc_kernel_size: int = 3,
-        dec_kernel_size: int = 3,
-        enc_block_dilations: Sequence[int] = (1, 1),
-        enc_block_kernel_size: int = 3,
-        dec_block_dilations: Sequence[int] = (1, 1),
-        dec_block_kernel_size: int = 3,
         quantizer: Quantizer | None = None,
+        **options: int | bool | Sequence[int],
     ):
         """Build a codec; `RepCodec(dim)` is the published architecture.
 
         Args:
             dim: D; every width that is not given is D.
-            input_channels, output_channels: feature width in and out.
-            encode_channels, decode_channels: C of the encoder stack and of the decoder stack.
-            code_dim: width of a code vector.
             codebook_num, codebook_size: K and V of the published quantizer, used when no `quantizer` is given.
-            bias: whether the stages' convolutions have one.
-            enc_ratios, dec_ratios: widths of the stages, in multiples of C.
-            enc_strides, dec_strides: of the stages; both have the same product.
-            enc_kernel_size: of the first convolution; dec_kernel_size: of the last.
-            enc_block_dilations, dec_block_dilations: one residual unit of a stage each.
-            enc_block_kernel_size, dec_block_kernel_size: of the residual units.
             quantizer: another quantizer, of width `code_dim`.
+            options: the published options, see `Architecture`.
 
         Raises:
-            ValueError: lists of different lengths, unequal total strides, or a quantizer of another width.
+            TypeError: there is no such option.
+            ValueError: options that fit no codec, or a quantizer of another width.
         """
         super().__init__()
-        input_channels, output_channels = input_channels or dim, output_channels or dim
-        encode_channels, decode_channels = encode_channels or dim, decode_channels or dim
-        code_dim = code_dim or dim
-        if len(enc_ratios) != len(enc_strides) or len(dec_ratios) != len(dec_strides):
-            raise ValueError("expected as many ratios as strides, in the encoder and in the decoder")
-        if prod(enc_strides) != prod(dec_strides):
-            raise ValueError(f"enc_strides {enc_strides} and dec_strides {dec_strides} must have the same product")
+        shape = self.architecture = Architecture(dim, **options)  # type: ignore[arg-type]  # it checks them itself
         if quantizer is None:
-            quantizer = EMAQuantizer(code_dim, codebook_size, codebook_num)
-        if quantizer.dim != code_dim:
-            raise ValueError(f"the quantizer has width {quantizer.dim}, code_dim is {code_dim}")
-        self.dim = dim
-        self.stride = prod(enc_strides)
-        self.quantizer = quantizer
-        self.architecture = {
-            "dim": dim,
-            "input_channels": input_channels,
-            "output_channels": output_channels,
-            "encode_channels": encode_channels,
-            "decode_channels": decode_channels,
-            "code_dim": code_dim,
-            "bias": bias,
-            "enc_ratios": list(enc_ratios),
-            "dec_ratios": list(dec_ratios),
-            "enc_strides": list(enc_strides),
-            "dec_strides": list(dec_strides),
-            "enc_kernel_size": enc_kernel_size,
-            "dec_kernel_size": dec_kernel_size,
-            "enc_block_dilations": list(enc_block_dilations),
-            "enc_block_kernel_size": enc_block_kernel_size,
-            "dec_block_dilations": list(dec_block_dilations),
-            "dec_block_kernel_size": dec_block_kernel_size,
-        }
-        self.encoder = EncoderStack(
-            input_channels,
-            encode_channels,
-            code_dim,
-            ratios=enc_ratios,
-            strides=enc_strides,
-            kernel_size=enc_kernel_size,
-            dilations=enc_block_dilations,
-            block_kernel_size=enc_block_kernel_size,
-            bias=bias,
-        )
-        self.decoder = DecoderStack(
-            code_dim,
-            decode_channels,
-            output_channels,
-            ratios=dec_ratios,
-            strides=dec_strides,
-            kernel_size=dec_kernel_size,
-            dilations=dec_block_dilations,
-            block_kernel_size=dec_block_kernel_size,
-            bias=bias,
-        )
-        self.register_buffer("feature_mean", torch.zeros(input_channels))
+            quantizer = EMAQuantizer(shape.code_dim, codebook_size, codebook_num)
+        if quantizer.dim != shape.code_dim:
+            raise ValueError(f"the quantizer has width {quantizer.dim}, code_dim is {shape.code_dim}")
+        self.dim, self.quantizer = shape.input_channels, quantizer
+        self.about: dict = {}
+        self.encoder, self.decoder = EncoderStack(shape), DecoderStack(shape)
+        self.register_buffer("feature_mean", torch.zeros(shape.input_channels))
         self.register_buffer("feature_scale", torch.ones(()))
+
+    @property
+    def stride(self) -> int:
+        """Frames a code."""
+        return self.architecture.stride
+
+    @property
+    def reach(self) -> tuple[int, int]:
+        """Frames before its own and after its own that a code depends on."""
+        return self.architecture.reach
+
+    @property
+    def decoder_reach(self) -> int:
+        """Codes before and after its own that a code's frames depend on, at most."""
+        return self.architecture.decoder_reach
 
     @property
     def codebook_size(self) -> int:
@@ -176,36 +119,58 @@ class RepCodec(nn.Module):
         start_as_identity(self.encoder)
         start_as_identity(self.decoder)
 
+    def config(self) -> dict:
+        """Return what config.json says: the architecture, the quantizer and `about`, plain values."""
+        quantizer = {"kind": self.quantizer.kind, **self.quantizer.config()}
+        published = {"codebook_num": self.num_codebooks, "codebook_size": self.codebook_size}
+        return {"kind": "repcodec", **self.architecture.options(), **published, "quantizer": quantizer, **self.about}
+
     def save_pretrained(self, folder: Path | str, about: dict | None = None) -> None:
-        """Save the codec: config.json and model.safetensors.
+        """Save the codec: config.json, model.safetensors and a model card.
 
         Args:
             folder: made when missing.
-            about: what config.json says besides the architecture: speech encoder, layer, frame rate …
+            about: what config.json shall say besides the architecture and `self.about`.
 
         Raises:
             RepCodecError: the folder cannot be written.
         """
-        quantizer = {"kind": self.quantizer.kind, **self.quantizer.config()}
-        published = {"codebook_num": self.num_codebooks, "codebook_size": self.codebook_size}
-        config = {"kind": "repcodec", **self.architecture, **published, "quantizer": quantizer, **(about or {})}
-        save_folder(folder, config, self.state_dict())
+        save_folder(folder, {**self.config(), **(about or {})}, self.state_dict())
 
     @classmethod
-    def from_pretrained(cls, folder: Path | str) -> "RepCodec":
-        """Load a saved codec, in evaluation mode.
+    def from_config(cls, config: dict) -> "RepCodec":
+        """Build a codec, without weights, from what `config` returned.
 
         Raises:
-            RepCodecError: the folder holds no codec, or a damaged one.
+            KeyError, TypeError, ValueError: it describes none.
         """
+        # Codecs saved before there was a choice were padded.
+        options = {"pad_to_stride": True} | {name: config[name] for name in OPTIONS if name in config}
+        arguments = dict(config["quantizer"])
+        kind = QUANTIZERS[arguments.pop("kind")]
+        with torch.device("meta"):  # no random numbers are drawn for weights that are about to be loaded
+            codec = cls(**options, quantizer=kind(config["code_dim"], **arguments))
+        described = {*OPTIONS, "kind", "quantizer", "codebook_num", "codebook_size", "weights_sha256"}
+        codec.about = {key: value for key, value in config.items() if key not in described}
+        return codec
+
+    @classmethod
+    def from_pretrained(cls, folder: Path | str, revision: str | None = None) -> "RepCodec":
+        """Load a saved codec, in evaluation mode.
+
+        Args:
+            folder: a folder, or a hub id such as "user/codec".
+            revision: branch, tag or commit on the hub.
+
+        Raises:
+            RepCodecError: the folder holds no codec, or a damaged one; or the hub cannot be reached.
+        """
+        folder = local_folder(folder, revision)
         config = read_config(folder)
         if config["kind"] != "repcodec":
             raise RepCodecError(f"{folder} holds a {config['kind']}, expected a repcodec.")
         try:
-            options = {name: config[name] for name in ARCHITECTURE}
-            arguments = dict(config["quantizer"])
-            quantizer = QUANTIZERS[arguments.pop("kind")](config["code_dim"], **arguments)
-            codec = cls(**options, quantizer=quantizer)
+            codec = cls.from_config(config)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise RepCodecError(
                 f"{folder}/config.json: describes no codec this version can build ({error})."
@@ -219,18 +184,25 @@ class RepCodec(nn.Module):
 
     def forward(self, features: Tensor, lengths: Tensor | None = None) -> CodecOutput:
         """Code and decode (B, T, D), of which `lengths` (B,) frames are valid; None: all of them."""
-        z, mask, padded = self._vectors(features, lengths)
+        z, mask, valid = self._vectors(features, lengths)
         quantized = self.quantizer(z, mask)
-        return CodecOutput(self._features(quantized.quantized, padded, lengths, features.shape[1]), quantized, mask)
+        return CodecOutput(self._features(quantized.quantized, valid, lengths, features.shape[1]), quantized, mask)
 
     @torch.no_grad()
     def encode(self, features: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Features (B, T, D), of which `lengths` (B,) are valid -> codes (B, K, ceil(T / stride)).
 
-        Beyond an utterance's last code stands `repcodec.quantizers.NO_CODE`.
+        Beyond an utterance's last code stands `repcodec.quantizers.NO_CODE`. The utterances are run packed, so that
+        padding costs nothing, and long ones in windows, so that memory does not grow with their length.
         """
-        z, mask, _ = self._vectors(features, lengths)
-        return self.quantizer.encode(z, mask)
+        self._check_width(features)
+        counts = [features.shape[1]] * len(features) if lengths is None else lengths.tolist()
+        rows = encode_packed(self, (row[:count] for row, count in zip(features, counts, strict=True)))
+        num_codes = self.architecture.num_codes(features.shape[1])
+        codes = torch.full((len(features), num_codes, self.num_codebooks), NO_CODE, device=features.device)
+        for b, row in enumerate(rows):
+            codes[b, : len(row)] = row
+        return codes.mT.contiguous()
 
     @torch.no_grad()
     def decode(self, codes: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -239,27 +211,71 @@ class RepCodec(nn.Module):
         Args:
             codes: `NO_CODE` beyond an utterance's last code.
             lengths: (B,) frames of each row that are valid, zeros beyond; without it every code gives `stride` frames.
+
+        Raises:
+            RepCodecError: a code that the codebook does not have.
         """
-        valid = (codes[:, 0] >= 0).sum(1)
-        padded = None if (valid == codes.shape[-1]).all() else valid
-        num_frames = codes.shape[-1] * self.stride
-        return self._features(self.quantizer.decode(codes), padded, lengths, num_frames)
+        self.check_codes(codes)
+        mask = codes[:, 0] >= 0
+        valid = None if mask.all() else mask
+        return self._features(self.quantizer.decode(codes), valid, lengths, codes.shape[-1] * self.stride)
+
+    @torch.no_grad()
+    def encode_pieces(self, pieces: list[Tensor]) -> list[Tensor]:
+        """Features (T, D) of each piece -> its codes (N, K), none seeing another."""
+        shape, stride = self.architecture, self.stride
+        counts = [shape.num_codes(len(piece)) for piece in pieces]
+        row, valid, starts = packed(pieces, shape.gap * stride, stride)
+        row = self.normalize(row).masked_fill_(~valid[..., None], 0)
+        if shape.pad_to_stride:  # the zeros that fill a code's frames up are frames too
+            for start, count in zip(starts, counts, strict=True):
+                valid[0, start : start + count * stride] = True
+        z, valid = self.encoder(row, valid)
+        codes = self.quantizer.encode(z, valid)[0].T
+        return [codes[start // stride :][:count] for start, count in zip(starts, counts, strict=True)]
+
+    @torch.no_grad()
+    def decode_pieces(self, pieces: list[Tensor]) -> list[Tensor]:
+        """Codes (N, K) of each piece -> its features (N * stride, D), none seeing another."""
+        row, valid, starts = packed(pieces, self.architecture.gap, 1)
+        codes = row.masked_fill(~valid[..., None], NO_CODE).mT
+        features = self._features(self.quantizer.decode(codes), valid, None, codes.shape[-1] * self.stride)[0]
+        return [
+            features[start * self.stride :][: len(piece) * self.stride]
+            for start, piece in zip(starts, pieces, strict=True)
+        ]
+
+    def check_codes(self, codes: Tensor) -> None:
+        """Refuse codes that the codebooks do not have.
+
+        Raises:
+            RepCodecError: names the first.
+        """
+        wrong = codes[(codes >= self.codebook_size) | (codes < NO_CODE)]
+        if len(wrong):
+            raise RepCodecError(
+                f"code {int(wrong[0])}: the codec has codes 0 to {self.codebook_size - 1}; decode with the one that "
+                "made it."
+            )
 
     def vectors(self, features: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Return what the quantizer would see of a batch: its valid vectors (N, C)."""
         z, mask, _ = self._vectors(features, lengths)
         return z[mask]
 
+    def _check_width(self, features: Tensor) -> None:
+        if features.ndim != 3 or features.shape[-1] != self.dim:
+            raise RepCodecError(
+                f"the codec takes features of width {self.dim}, (B, T, D), but got shape {tuple(features.shape)}; "
+                "choose the speech encoder it was trained with."
+            )
+
     def _vectors(self, features: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Features -> vectors (B, N, C), where they are valid (B, N), and how many are (B,), None for all.
+        """Features -> vectors (B, N, C), where they are valid (B, N), and the same or None where all are.
 
         Frames are filled up with zeros to a multiple of the total stride, each row to its own.
         """
-        if features.ndim != 3 or features.shape[-1] != len(self.feature_mean):
-            raise RepCodecError(
-                f"the codec takes features of width {len(self.feature_mean)}, (B, T, D), but got shape "
-                f"{tuple(features.shape)}; choose the speech encoder it was trained with."
-            )
+        self._check_width(features)
         batch, num_frames, _ = features.shape
         x = self.normalize(features)
         if lengths is not None and bool((lengths == num_frames).all()):
@@ -268,23 +284,26 @@ class RepCodec(nn.Module):
             if lengths is None:
                 lengths = torch.full((batch,), num_frames, device=features.device)
             x = nn.functional.pad(x, (0, 0, 0, short))
+        valid = None
         if lengths is not None:
-            x = x.masked_fill(~frame_mask(lengths, x.shape[1])[..., None], 0)
-            lengths = (lengths + self.stride - 1) // self.stride * self.stride
-        z, counts = self.encoder(x, lengths)
-        if counts is None:
+            valid = frame_mask(lengths, x.shape[1])
+            x = x.masked_fill(~valid[..., None], 0)
+            if self.architecture.pad_to_stride:
+                valid = frame_mask((lengths + self.stride - 1) // self.stride * self.stride, x.shape[1])
+        z, valid = self.encoder(x, valid)
+        if valid is None:
             return z, torch.ones(z.shape[:2], dtype=torch.bool, device=z.device), None
-        return z, frame_mask(counts, z.shape[1]), counts
+        return z, valid, valid
 
-    def _features(self, vectors: Tensor, counts: Tensor | None, lengths: Tensor | None, num_frames: int) -> Tensor:
-        """Vectors (B, N, C), `counts` (B,) of them valid -> features (B, num_frames, D), zero beyond `lengths`."""
-        features = self.decoder(vectors, counts)
+    def _features(self, vectors: Tensor, valid: Tensor | None, lengths: Tensor | None, num_frames: int) -> Tensor:
+        """Vectors (B, N, C), where they are valid -> features (B, num_frames, D), zero beyond `lengths`."""
+        features = self.decoder(vectors, valid)
         # A codec into features of another kind has no mean and scale of theirs to bring back.
         if features.shape[-1] == len(self.feature_mean):
             features = features * self.feature_scale + self.feature_mean
         features = features[:, :num_frames]
-        if lengths is None and counts is not None:
-            lengths = counts * self.stride
         if lengths is not None:
-            features = features.masked_fill(~frame_mask(lengths, features.shape[1])[..., None], 0)
-        return features
+            valid = frame_mask(lengths, features.shape[1])
+        elif valid is not None:
+            valid = valid.repeat_interleave(self.stride, 1)[:, :num_frames]
+        return features if valid is None else features.masked_fill(~valid[..., None], 0)

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from repcodec.checkpoint import load_tensors, read_config, save_folder
+from repcodec.checkpoint import load_tensors, local_folder, read_config, save_folder
 from repcodec.errors import RepCodecError
 from repcodec.quantizers import NO_CODE, nearest_code
 from repcodec.stacks import frame_mask
@@ -19,41 +19,52 @@ class KMeansTokenizer(nn.Module):
         codebook_size: V.
         num_codebooks: 1.
         stride: 1, frames a code.
+        reach, decoder_reach: 0, a code depends on its own frame alone.
+        about: what config.json says besides: speech encoder, layer, frame rate …
     """
 
     num_codebooks = 1
     stride = 1
+    reach = (0, 0)
+    decoder_reach = 0
     centroids: Tensor
 
     def __init__(self, centroids: Tensor):
         """Take (V, D) centroids."""
         super().__init__()
         self.codebook_size, self.dim = centroids.shape
+        self.about: dict = {}
         self.register_buffer("centroids", centroids)
 
+    def config(self) -> dict:
+        """Return what config.json says."""
+        return {"kind": "kmeans", "dim": self.dim, "codebook_size": self.codebook_size, **self.about}
+
     def save_pretrained(self, folder: Path | str, about: dict | None = None) -> None:
-        """Save the centroids: config.json and model.safetensors.
+        """Save the centroids: config.json, model.safetensors and a model card.
 
         Raises:
             RepCodecError: the folder cannot be written.
         """
-        shape = {"kind": "kmeans", "dim": self.dim, "codebook_size": self.codebook_size}
-        save_folder(folder, {**shape, **(about or {})}, self.state_dict())
+        save_folder(folder, {**self.config(), **(about or {})}, self.state_dict())
 
     @classmethod
-    def from_pretrained(cls, folder: Path | str) -> "KMeansTokenizer":
-        """Load saved centroids.
+    def from_pretrained(cls, folder: Path | str, revision: str | None = None) -> "KMeansTokenizer":
+        """Load saved centroids; see `RepCodec.from_pretrained`.
 
         Raises:
-            RepCodecError: the folder holds no k-means model, or a damaged one.
+            RepCodecError: the folder holds no k-means model, or a damaged one; or the hub cannot be reached.
         """
+        folder = local_folder(folder, revision)
         config = read_config(folder)
         if config["kind"] != "kmeans":
             raise RepCodecError(f"{folder} holds a {config['kind']}, expected a kmeans.")
         try:
-            tokenizer = cls(torch.zeros(config["codebook_size"], config["dim"]))
+            tokenizer = cls(torch.empty(config["codebook_size"], config["dim"], device="meta"))
         except (KeyError, TypeError, RuntimeError) as error:
             raise RepCodecError(f"{folder}/config.json: codebook_size or dim is missing or no number.") from error
+        described = ("kind", "dim", "codebook_size", "weights_sha256")
+        tokenizer.about = {key: value for key, value in config.items() if key not in described}
         load_tensors(folder, tokenizer)
         return tokenizer.eval()
 
@@ -70,3 +81,12 @@ class KMeansTokenizer(nn.Module):
         """Codes (B, 1, T) -> (B, T, D), zero where a code is `NO_CODE`."""
         features = self.centroids[codes[:, 0].clamp(min=0)]
         return features * (codes[:, 0] != NO_CODE)[..., None]
+
+    def encode_pieces(self, pieces: list[Tensor]) -> list[Tensor]:
+        """Features (T, D) of each piece -> its codes (T, 1)."""
+        codes = nearest_code(torch.cat(pieces), self.centroids)[:, None]
+        return list(codes.split([len(piece) for piece in pieces]))
+
+    def decode_pieces(self, pieces: list[Tensor]) -> list[Tensor]:
+        """Codes (T, 1) of each piece -> its features (T, D)."""
+        return [self.centroids[piece[:, 0]] for piece in pieces]

@@ -3,9 +3,10 @@
 Axes: B batch, C channels, T frames. Inside this file tensors are (B, C, T); the faces of the stacks
 take and give (B, T, C), as everywhere else.
 
-Padding changes nothing: `lengths` (B,) says how many frames of each row are valid, and frames beyond
-are zero before every convolution, just as the convolution's own zero padding. Biases make them nonzero
-after every stage, so they are zeroed again.
+Padding changes nothing: `valid` (B, T) says which frames are, and the others are zero before every
+convolution, just as the convolution's own zero padding. Biases make them nonzero after every stage, so they
+are zeroed again. That serves both ways of running many utterances: one a row, padded to the longest (in
+training), or all in one row end to end with a few zeros between them (`packed`, in inference).
 """
 
 from collections.abc import Sequence
@@ -13,32 +14,53 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from repcodec.architecture import Architecture
+from repcodec.conv import TILE, FrameConv
+
 
 def frame_mask(lengths: Tensor, num_frames: int) -> Tensor:
     """Return (B, T) bool: True where a frame is valid."""
     return torch.arange(num_frames, device=lengths.device) < lengths[:, None]
 
 
-def masked(x: Tensor, lengths: Tensor | None) -> Tensor:
-    """Zero the frames of x (B, C, T) beyond `lengths`; None says that all are valid."""
-    if lengths is None:
+def zeroed(x: Tensor, valid: Tensor | None) -> Tensor:
+    """Zero the frames of x (B, C, T) where `valid` (B, T) is False; None says that all are valid.
+
+    In inference x itself is changed: where few frames are not valid, few are touched.
+    """
+    if valid is None:
         return x
-    # Filled, not multiplied: what stands in the padding may be NaN.
-    return x.masked_fill(~frame_mask(lengths, x.shape[-1])[:, None], 0)
+    if torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling():
+        # Filled, not multiplied: what stands in the padding may be NaN.
+        return x.masked_fill(~valid[:, None], 0)
+    x.mT[(~valid).nonzero(as_tuple=True)] = 0
+    return x
+
+
+def packed(pieces: Sequence[Tensor], gap: int, unit: int) -> tuple[Tensor, Tensor, list[int]]:
+    """Lay pieces (T, C) end to end in one row, each at a multiple of `unit` tiles, `gap` zeros or more after it.
+
+    Returns:
+        The row (1, T', C), where it is valid (1, T'), and where each piece begins.
+    """
+    starts, end = [], 0
+    for piece in pieces:
+        starts.append(end)
+        end += -(-(len(piece) + gap) // (TILE * unit)) * TILE * unit
+    row = pieces[0].new_zeros(1, end, pieces[0].shape[1])
+    valid = torch.zeros(1, end, dtype=torch.bool, device=row.device)
+    for piece, start in zip(pieces, starts, strict=True):
+        row[0, start : start + len(piece)] = piece
+        valid[0, start : start + len(piece)] = True
+    return row, valid, starts
 
 
 def _same_conv(
     channels_in: int, channels_out: int, kernel_size: int, dilation: int = 1, bias: bool = False
-) -> nn.Conv1d:
-    """Return a convolution with zero padding that keeps T.
-
-    Raises:
-        ValueError: an even kernel, which cannot keep T with the same padding on both sides.
-    """
-    if kernel_size % 2 == 0:
-        raise ValueError(f"kernel size {kernel_size}: expected an odd one, which keeps the number of frames")
-    padding = (kernel_size - 1) // 2 * dilation
-    return nn.Conv1d(channels_in, channels_out, kernel_size, padding=padding, dilation=dilation, bias=bias)
+) -> FrameConv:
+    """Return a convolution with an odd kernel and the zero padding that keeps T."""
+    padding = kernel_size // 2 * dilation
+    return FrameConv(channels_in, channels_out, kernel_size, padding=padding, dilation=dilation, bias=bias)
 
 
 class ResidualUnit(nn.Module):
@@ -47,13 +69,14 @@ class ResidualUnit(nn.Module):
     def __init__(self, channels: int, kernel_size: int, dilation: int):
         super().__init__()
         self.conv = _same_conv(channels, channels, kernel_size, dilation)
-        self.pointwise = nn.Conv1d(channels, channels, 1, bias=False)
+        self.pointwise = _same_conv(channels, channels, 1)
 
-    def forward(self, x: Tensor, lengths: Tensor | None) -> Tensor:
-        """(B, C, T), zero beyond `lengths` -> the same."""
-        # ELU(0) = 0, so what goes into the convolution is zero beyond the lengths too.
-        branch = self.pointwise(nn.functional.elu(self.conv(nn.functional.elu(x))))
-        return masked(x + branch, lengths)
+    def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:
+        """(B, C, T), zero where it is not `valid` -> the same."""
+        # ELU(0) = 0, so what goes into the convolution is zero there too.
+        inner = self.conv(nn.functional.elu(x))
+        branch = self.pointwise(nn.functional.elu(inner, inplace=not torch.is_grad_enabled()))
+        return zeroed(x + branch, valid)
 
 
 class EncoderStage(nn.Module):
@@ -73,12 +96,14 @@ class EncoderStage(nn.Module):
                 channels_in, channels_out, 2 * stride, stride, padding=(2 * stride - 1) // 2, bias=bias
             )
 
-    def forward(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """(B, C, T) and lengths -> (B, C', T / stride) and lengths / stride; T is a multiple of the stride."""
+    def forward(self, x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """(B, C, T) and where it is valid -> (B, C', T / stride) and the same; T is a multiple of the stride."""
         for residual in self.residuals:
-            x = residual(x, lengths)
-        lengths = None if lengths is None else lengths // self.stride
-        return masked(self.conv(x), lengths), lengths
+            x = residual(x, valid)
+        if valid is not None and self.stride > 1:
+            # A position needs two frames of its own: n frames give (n - 2) // stride + 1, as published.
+            valid = valid[:, 1 :: self.stride]
+        return zeroed(self.conv(x), valid), valid
 
 
 class DecoderStage(nn.Module):
@@ -103,81 +128,58 @@ class DecoderStage(nn.Module):
             )
         self.residuals = nn.ModuleList(ResidualUnit(channels_out, kernel_size, d) for d in dilations)
 
-    def forward(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """(B, C, T) and lengths -> (B, C', T * stride) and lengths * stride."""
-        lengths = None if lengths is None else lengths * self.stride
-        x = masked(self.conv(x), lengths)
+    def forward(self, x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """(B, C, T) and where it is valid -> (B, C', T * stride) and the same."""
+        if valid is not None and self.stride > 1:
+            valid = valid.repeat_interleave(self.stride, 1)
+        x = zeroed(self.conv(x), valid)
         for residual in self.residuals:
-            x = residual(x, lengths)
-        return x, lengths
+            x = residual(x, valid)
+        return x, valid
 
 
 class EncoderStack(nn.Module):
     """Input convolution, stages, projector: features -> vectors to quantize."""
 
-    def __init__(
-        self,
-        channels_in: int,
-        channels: int,
-        channels_out: int,
-        *,
-        ratios: Sequence[int],
-        strides: Sequence[int],
-        kernel_size: int,
-        dilations: Sequence[int],
-        block_kernel_size: int,
-        bias: bool,
-    ):
-        """Stage i goes to `channels * ratios[i]`; the projector goes from the last one to `channels_out`."""
+    def __init__(self, shape: Architecture):
+        """Stage i goes to `encode_channels * enc_ratios[i]`; the projector goes from the last one to `code_dim`."""
         super().__init__()
-        widths = [channels] + [channels * ratio for ratio in ratios]
-        self.input = _same_conv(channels_in, channels, kernel_size)
+        widths = [shape.encode_channels] + [shape.encode_channels * ratio for ratio in shape.enc_ratios]
+        self.input = _same_conv(shape.input_channels, widths[0], shape.enc_kernel_size)
         self.stages = nn.ModuleList(
-            EncoderStage(widths[i], widths[i + 1], stride, dilations, block_kernel_size, bias)
-            for i, stride in enumerate(strides)
+            EncoderStage(before, after, stride, shape.enc_block_dilations, shape.enc_block_kernel_size, shape.bias)
+            for before, after, stride in zip(widths[:-1], widths[1:], shape.enc_strides, strict=True)
         )
-        self.projector = _same_conv(widths[-1], channels_out, 3)
+        self.projector = _same_conv(widths[-1], shape.code_dim, 3)
 
-    def forward(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """(B, T, D), T and lengths multiples of the total stride -> (B, T / stride, code width) and its lengths."""
-        x = masked(self.input(masked(x.mT, lengths)), lengths)
+    def forward(self, x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """(B, T, D), zero where it is not `valid` -> (B, T / stride, C) and the same; T a multiple of the stride."""
+        x = zeroed(self.input(x.mT), valid)
         for stage in self.stages:
-            x, lengths = stage(x, lengths)
-        return self.projector(x).mT, lengths
+            x, valid = stage(x, valid)
+        return self.projector(x).mT, valid
 
 
 class DecoderStack(nn.Module):
     """Input convolution, stages, output convolution: quantized vectors -> features."""
 
-    def __init__(
-        self,
-        channels_in: int,
-        channels: int,
-        channels_out: int,
-        *,
-        ratios: Sequence[int],
-        strides: Sequence[int],
-        kernel_size: int,
-        dilations: Sequence[int],
-        block_kernel_size: int,
-        bias: bool,
-    ):
-        """The stages start at `channels * ratios[0]`; stage i goes to `channels * ratios[i + 1]`, the last to C."""
+    def __init__(self, shape: Architecture):
+        """The stages start at `decode_channels * dec_ratios[0]`; stage i goes to the next ratio, the last to C."""
         super().__init__()
-        widths = [channels * ratio for ratio in ratios] + [channels]
-        self.input = _same_conv(channels_in, widths[0], 3)
+        widths = [shape.decode_channels * ratio for ratio in shape.dec_ratios] + [shape.decode_channels]
+        self.input = _same_conv(shape.code_dim, widths[0], 3)
         self.stages = nn.ModuleList(
-            DecoderStage(widths[i], widths[i + 1], stride, dilations, block_kernel_size, bias)
-            for i, stride in enumerate(strides)
+            DecoderStage(before, after, stride, shape.dec_block_dilations, shape.dec_block_kernel_size, shape.bias)
+            for before, after, stride in zip(widths[:-1], widths[1:], shape.dec_strides, strict=True)
         )
-        self.output = _same_conv(channels, channels_out, kernel_size)
+        self.output = _same_conv(widths[-1], shape.output_channels, shape.dec_kernel_size)
 
-    def forward(self, x: Tensor, lengths: Tensor | None) -> Tensor:
-        """(B, T, code width) and lengths -> (B, T * stride, D), zero beyond the lengths."""
-        x = masked(self.input(masked(x.mT, lengths)), lengths)
+    def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:
+        """(B, N, C), zero where it is not `valid` -> (B, N * stride, D), the same."""
+        x = zeroed(self.input(x.mT), valid)
         for stage in self.stages:
-            x, lengths = stage(x, lengths)
-        return masked(self.output(x), lengths).mT
+            x, valid = stage(x, valid)
+        return zeroed(self.output(x), valid).mT
 
 
 @torch.no_grad()

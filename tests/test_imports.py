@@ -10,7 +10,18 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "repcodec"
 LAYERS = [
     {"errors", "files", "audio", "manifest", "shards", "shard_writer", "cuts", "tokens", "labels"},
-    {"speech_encoders", "stacks", "quantizers", "checkpoint", "codec", "kmeans", "metrics"},
+    {
+        "architecture",
+        "checkpoint",
+        "codec",
+        "conv",
+        "kmeans",
+        "metrics",
+        "packing",
+        "quantizers",
+        "speech_encoders",
+        "stacks",
+    },
     {"data", "audio_data", "module", "callbacks"},
     {"extraction", "tokenization", "evaluation", "report", "demo", "demo_weights"},
     {"cli"},

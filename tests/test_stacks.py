@@ -1,16 +1,23 @@
 import pytest
 import torch
 
-from repcodec.stacks import DecoderStack, EncoderStack, frame_mask, masked, start_as_identity
+from repcodec.architecture import Architecture
+from repcodec.stacks import DecoderStack, EncoderStack, frame_mask, start_as_identity, zeroed
 
-SHAPE = {"kernel_size": 3, "dilations": (1, 2), "block_kernel_size": 3, "bias": True}
+
+def shape(strides, ratios=None, channels=6, code_dim=4):
+    ratios = ratios or [1] * len(strides)
+    return Architecture(
+        5, encode_channels=channels, decode_channels=channels, code_dim=code_dim, enc_ratios=ratios,
+        dec_ratios=ratios[::-1], enc_strides=strides, dec_strides=strides[::-1], enc_block_dilations=(1, 2),
+        dec_block_dilations=(1, 2),
+    )  # fmt: skip
 
 
 def stacks(strides, ratios=None, channels=6):
     torch.manual_seed(0)
-    ratios = ratios or [1] * len(strides)
-    encoder = EncoderStack(5, channels, 4, ratios=ratios, strides=strides, **SHAPE).double()
-    decoder = DecoderStack(4, channels, 5, ratios=ratios[::-1], strides=strides[::-1], **SHAPE).double()
+    encoder = EncoderStack(shape(strides, ratios, channels)).double()
+    decoder = DecoderStack(shape(strides, ratios, channels)).double()
     for stack in (encoder, decoder):
         for name, parameter in stack.named_parameters():
             if name.endswith("bias"):
@@ -22,9 +29,12 @@ def test_frame_mask_is_true_up_to_the_length():
     assert frame_mask(torch.tensor([0, 2, 3]), 3).tolist() == [[False] * 3, [True, True, False], [True] * 3]
 
 
-def test_masked_zeroes_frames_beyond_the_length():
-    x = masked(torch.ones(1, 2, 4), torch.tensor([3]))
-    assert x.tolist() == [[[1, 1, 1, 0]] * 2]
+@pytest.mark.parametrize("gradients", [True, False])
+def test_zeroed_frames_are_those_beyond_the_length(gradients):
+    with torch.set_grad_enabled(gradients):
+        x = zeroed(torch.full((1, 2, 4), float("nan")), frame_mask(torch.tensor([3]), 4))
+    assert x[..., 3].tolist() == [[0, 0]]
+    assert x[..., :3].isnan().all()
 
 
 @pytest.mark.parametrize("strides", [(1, 1), (2, 1), (3,), (2, 3), (4, 1, 5)])
@@ -44,9 +54,9 @@ def test_padded_batch_equals_single_utterances(strides):
     lengths = torch.tensor([4, 1, 3]) * stride
     x = 100 * torch.randn(3, 5 * stride, 5).double()
     for b, length in enumerate(lengths):
-        x[b, length:] = float("nan")  # garbage where it is padding
-    z, counts = encoder(x, lengths)
-    y = decoder(z, counts)
+        x[b, length:] = 0
+    z, valid = encoder(x, frame_mask(lengths, 5 * stride))
+    y = decoder(z * valid[..., None], valid)
     for b, length in enumerate(lengths):
         alone, _ = encoder(x[b : b + 1, :length], None)
         torch.testing.assert_close(z[b, : length // stride], alone[0], rtol=1e-12, atol=1e-12)
@@ -66,8 +76,8 @@ def test_residual_unit_is_the_formula():
 
 def test_identity_start_hands_features_on_unchanged():
     torch.manual_seed(0)
-    encoder = EncoderStack(5, 5, 5, ratios=(1, 1), strides=(1, 1), **SHAPE)
-    decoder = DecoderStack(5, 5, 5, ratios=(1, 1), strides=(1, 1), **SHAPE)
+    encoder = EncoderStack(shape((1, 1), None, 5, 5))
+    decoder = DecoderStack(shape((1, 1), None, 5, 5))
     start_as_identity(encoder)
     start_as_identity(decoder)
     x = torch.randn(2, 11, 5)
@@ -77,16 +87,11 @@ def test_identity_start_hands_features_on_unchanged():
 
 @pytest.mark.parametrize("stride", [2, 3, 4])
 def test_identity_start_of_strided_stacks_averages_and_repeats(stride):
-    encoder = EncoderStack(5, 5, 5, ratios=(1,), strides=(stride,), **SHAPE)
-    decoder = DecoderStack(5, 5, 5, ratios=(1,), strides=(stride,), **SHAPE)
+    encoder = EncoderStack(shape((stride,), None, 5, 5))
+    decoder = DecoderStack(shape((stride,), None, 5, 5))
     start_as_identity(encoder)
     start_as_identity(decoder)
     x = torch.randn(2, 4 * stride, 5)
     means = x.unflatten(1, (4, stride)).mean(2)
     torch.testing.assert_close(encoder(x, None)[0], means)
     torch.testing.assert_close(decoder(means, None), means.repeat_interleave(stride, 1))
-
-
-def test_even_kernel_is_refused():
-    with pytest.raises(ValueError, match="kernel size 4"):
-        EncoderStack(5, 5, 5, ratios=(1,), strides=(1,), kernel_size=4, dilations=(1,), block_kernel_size=3, bias=True)

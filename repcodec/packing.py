@@ -1,0 +1,141 @@
+"""Run a tokenizer over utterances of any length: packed end to end, in windows, or as frames arrive.
+
+Nothing is padded and memory does not grow with an utterance's length: a long one is run in windows that overlap
+by what the convolutions see. Codes do not depend on what else is run, nor on where windows begin.
+
+Axes: T frames, N codes an utterance, D feature width, K codebooks.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from repcodec.conv import TILE
+
+PACK = 4096
+"""Frames run at once, about."""
+
+
+class Rows(Protocol):
+    """What has rows: a tensor, or something that reads them when they are asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice, /) -> Tensor: ...
+
+
+class Tokenizer(Protocol):
+    """Contract: what turns features into codes and back; the codec and the k-means baseline are both.
+
+    Attributes:
+        dim: D.
+        stride: frames a code.
+        codebook_size, num_codebooks: V and K.
+        reach: frames before and after a code's own that it depends on.
+        decoder_reach: codes before and after that a code's frames depend on.
+        about: what config.json says besides its shape: speech encoder, layer, frame rate …
+    """
+
+    dim: int
+    about: dict
+
+    @property
+    def stride(self) -> int:
+        """Frames a code."""
+
+    @property
+    def codebook_size(self) -> int:
+        """V."""
+
+    @property
+    def num_codebooks(self) -> int:
+        """K."""
+
+    @property
+    def reach(self) -> tuple[int, int]:
+        """Frames before and after a code's own that it depends on."""
+
+    @property
+    def decoder_reach(self) -> int:
+        """Codes before and after that a code's frames depend on."""
+
+    def encode_pieces(self, pieces: list[Tensor]) -> list[Tensor]:
+        """Features (T, D) of each piece -> its codes (N, K), none seeing another."""
+
+    def decode_pieces(self, pieces: list[Tensor]) -> list[Tensor]:
+        """Codes (N, K) of each piece -> its features (N * stride, D), none seeing another."""
+
+
+def encode_packed(tokenizer: Tokenizer, utterances: Iterable[Rows]) -> Iterator[Tensor]:
+    """Yield the codes (N, K) of each utterance's features (T, D), in order."""
+    yield from _in_windows(tokenizer.encode_pieces, utterances, max(tokenizer.reach), tokenizer.stride, 1)
+
+
+def decode_packed(tokenizer: Tokenizer, utterances: Iterable[Rows]) -> Iterator[Tensor]:
+    """Yield the features (N * stride, D) of each utterance's codes (N, K), in order."""
+    yield from _in_windows(tokenizer.decode_pieces, utterances, tokenizer.decoder_reach, 1, tokenizer.stride)
+
+
+def _in_windows(
+    run: Callable[[list[Tensor]], list[Tensor]], utterances: Iterable[Rows], reach: int, down: int, up: int
+) -> Iterator[Tensor]:
+    """Cut utterances into windows of `reach` more rows on each side, run many at once, join the results.
+
+    `down` rows in give `up` rows out.
+    """
+    # Windows begin where tiles do, as utterances in a pack: the same sums, the same rounding.
+    unit = TILE * down
+    size, reach = max(unit, PACK // up // unit * unit), -(-reach // unit) * unit
+    waiting: list[tuple[Tensor, slice, bool]] = []  # rows, which of the results count, whether an utterance ends here
+    parts: list[Tensor] = []
+
+    def results() -> Iterator[Tensor]:
+        for result, (_, kept, ends) in zip(run([rows for rows, _, _ in waiting]), waiting, strict=True):
+            parts.append(result[kept])
+            if ends:
+                yield torch.cat(parts) if len(parts) > 1 else parts[0]
+                parts.clear()
+        waiting.clear()
+
+    room = size
+    for utterance in utterances:
+        for first in range(0, max(1, len(utterance)), size):
+            before, stop = min(first, reach), first + size
+            ends = stop >= len(utterance)
+            rows = utterance[first - before : min(stop + reach, len(utterance))]
+            kept = slice(before // down * up, None if ends else (before + size) // down * up)
+            if waiting and len(rows) > room:
+                yield from results()
+                room = size
+            waiting.append((rows, kept, ends))
+            room -= len(rows)
+    if waiting:
+        yield from results()
+
+
+def encode_stream(tokenizer: Tokenizer, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yield codes (n, K) as soon as the frames they depend on have come; all together are those of `encode_packed`.
+
+    Args:
+        tokenizer: in evaluation mode.
+        chunks: features (t, D) of one utterance, as they come, any number of frames each.
+    """
+    stride, (before, after) = tokenizer.stride, tokenizer.reach
+    frames: Tensor | None = None
+    begin = done = 0  # the first frame that is kept; codes given so far
+    for chunk in chunks:
+        for part in chunk.split(PACK):
+            frames = part.clone() if frames is None else torch.cat([frames, part])
+            ready = max(0, begin + len(frames) - after) // stride
+            if ready > done:
+                yield tokenizer.encode_pieces([frames])[0][done - begin // stride : ready - begin // stride]
+                done = ready
+                # What the next code looks back on, from a tile on, as in `encode_packed`.
+                keep = max(0, done * stride - before) // (TILE * stride) * TILE * stride
+                frames, begin = frames[keep - begin :].clone(), keep
+    if frames is not None:
+        rest = tokenizer.encode_pieces([frames])[0][done - begin // stride :]
+        if len(rest):
+            yield rest
