@@ -10,9 +10,10 @@ from omegaconf import DictConfig
 from repcodec.checkpoint import read_config
 from repcodec.errors import RepCodecError, one_sentence
 from repcodec.evaluation import evaluate, fit_kmeans
+from repcodec.pipeline import load_tokenizer, usable_device
 from repcodec.report import print_table, read_curve, write_report
 from repcodec.speech_encoders import EncoderSpec
-from repcodec.tokenization import label, load_tokenizer, usable_device
+from repcodec.tokenization import check_fits, label
 
 
 def compare(config: DictConfig) -> None:
@@ -25,7 +26,9 @@ def compare(config: DictConfig) -> None:
     data.prepare_data()
     run_dir = Path(config.run_dir)
     scored = data.split(config.split)
-    tokenizers = [(folder, load_tokenizer(folder, scored)) for folder in config.tokenizers]
+    tokenizers = [(folder, load_tokenizer(folder)) for folder in config.tokenizers]
+    for folder, tokenizer in tokenizers:
+        check_fits(tokenizer, folder, scored)
     # A folder's name tells codecs apart only where there are several.
     where = {folder: f", {folder}" if len(tokenizers) > 1 else "" for folder, _ in tokenizers}
     models = [(f"{label(tokenizer)}{where[folder]}", tokenizer) for folder, tokenizer in tokenizers]

@@ -26,8 +26,8 @@ import transformers
 from repcodec.audio import SAMPLE_RATE
 from repcodec.demo import build_corpus
 from repcodec.demo_weights import convert_whisper_tiny_en
-from repcodec.extraction import extract, make_manifest
-from repcodec.manifest import Manifest
+from repcodec.extraction import extract
+from repcodec.manifest import Manifest, make_manifest
 from repcodec.shard_writer import write_shard
 from repcodec.speech_encoders import SpeechEncoder, batches_of, encoder_table, load_speech_encoder
 

@@ -30,8 +30,8 @@ from pathlib import Path
 from repcodec.demo import build_corpus
 from repcodec.demo_weights import convert_whisper_tiny_en
 from repcodec.errors import RepCodecError
-from repcodec.extraction import feature_folder, make_manifest
-from repcodec.manifest import Manifest
+from repcodec.extraction import feature_folder
+from repcodec.manifest import Manifest, make_manifest
 from repcodec.shards import FeatureShards
 from repcodec.speech_encoders import batches_of
 

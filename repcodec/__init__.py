@@ -4,14 +4,19 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from repcodec.codec import RepCodec
+    from repcodec.pipeline import SpeechTokenizer
 
-__all__ = ["RepCodec"]
+__all__ = ["RepCodec", "SpeechTokenizer"]
 
 
 def __getattr__(name: str):
-    """Import the codec only when it is asked for: `import repcodec` stays light."""
+    """Import the classes only when they are asked for: `import repcodec` stays light."""
     if name == "RepCodec":
         from repcodec.codec import RepCodec
 
         return RepCodec
+    if name == "SpeechTokenizer":
+        from repcodec.pipeline import SpeechTokenizer
+
+        return SpeechTokenizer
     raise AttributeError(f"module 'repcodec' has no attribute {name!r}")

@@ -20,7 +20,7 @@ from repcodec.cuts import Shar, num_samples, open_sounds, read_cut
 from repcodec.data import SAMPLE_FRAMES, Batch, FeaturesDataModule, ResumableLoader
 from repcodec.errors import RepCodecError
 from repcodec.manifest import SoundList
-from repcodec.shards import check_source
+from repcodec.shards import check_source, found_at
 from repcodec.speech_encoders import BATCH_SECONDS, EncoderSpec, SpeechEncoder, batches_of, load_speech_encoder
 
 STRETCH = 60
@@ -104,7 +104,7 @@ class SoundFeatures:
         """Say in words which utterance this is, for messages."""
         return f"{self.folder}, {self.names[utterance]}"
 
-    def features(self, utterance: int) -> np.ndarray:
+    def read(self, utterance: int) -> np.ndarray:
         """Return the (T, D) float32 features of an utterance."""
         return self._encode([torch.from_numpy(self.sounds.waveform(utterance))])[0].cpu().numpy()
 
@@ -246,6 +246,15 @@ class AudioDataModule(FeaturesDataModule):
         """The frozen speech encoder, on the training device."""
         device = self.trainer.strategy.root_device if self.trainer else self.device
         return load_speech_encoder(self.spec, self.layer).to(device)
+
+    @property
+    def about_features(self) -> dict:
+        """What config.json says of the features besides encoder and layer; see `FeaturesDataModule`."""
+        return {
+            "waveform_norm": self.spec.waveform_norm,
+            "encoder_model": found_at(self.spec.model),
+            "encoder_sha256": self.speech_encoder.weights_sha256,
+        }
 
     def has_split(self, name: str) -> bool:
         """Say whether sounds are given for a split."""

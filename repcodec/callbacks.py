@@ -1,5 +1,6 @@
 """Callbacks for what Lightning lacks: the codec's start, validation at both ends, the saved codec, one bar."""
 
+import math
 from importlib.metadata import version
 from pathlib import Path
 
@@ -94,23 +95,34 @@ class ValidateEnds(L.Callback):
 
 
 class SaveCodec(L.Callback):
-    """Saves the codec of the best validation after step 0 as config.json and model.safetensors.
+    """Saves the codec of the best validation after step 0: config.json, model.safetensors and the model card.
 
     Like Lightning's ModelCheckpoint it passes over step 0, so that best.ckpt and the saved codec are the same.
+    Every checkpoint describes its codec too, under "codec", for `RepCodec.from_lightning`.
     """
 
     def __init__(
         self, folder: str, encoder: str, layer: int, frame_rate: float, monitor: str = "valid/normalized_error"
     ):
-        """Take the folder, and what config.json says of the features: speech encoder, layer, frames per second."""
+        """Take the folder, and what config.json says of the features: speech encoder, layer, frames per second.
+
+        The data adds what it knows of the speech encoder, and a validation its figures.
+        """
         self.folder, self.monitor = Path(folder), monitor
-        self.about = {
+        self.about: dict = {
             "encoder": encoder,
             "layer": layer,
             "frame_rate": frame_rate,
             "repcodec_version": version("repcodec"),
         }
         self.best = float("inf")
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Note what the data knows of the features, and whether the codec, which has its start by now, scales them."""
+        assert isinstance(module, CodecModule)
+        codec = module.codec
+        self.about |= trainer.datamodule.about_features  # type: ignore[attr-defined]  # see CodecStart
+        self.about["feature_norm"] = bool((codec.feature_mean != 0).any() or codec.feature_scale != 1)
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Save when this validation is the best so far."""
@@ -120,8 +132,20 @@ class SaveCodec(L.Callback):
             return
         self.best = float(error)
         if trainer.is_global_zero:
-            figures = {"step": trainer.global_step, "valid_normalized_error": self.best}
-            module.codec.save_pretrained(self.folder, {**self.about, **figures})
+            metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+            figures = {
+                name.removeprefix("valid/"): value
+                for name, value in metrics.items()
+                if name.startswith("valid/") and math.isfinite(value)  # JSON has no other numbers
+            }
+            data = trainer.datamodule  # type: ignore[attr-defined]  # see CodecStart
+            measured = {"step": trainer.global_step, "figures": figures, "measured_on": data.describe_valid()}
+            module.codec.save_pretrained(self.folder, {**self.about, **measured})
+
+    def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict) -> None:
+        """Let the checkpoint say what codec it holds, in plain values."""
+        assert isinstance(module, CodecModule)
+        checkpoint["codec"] = {**module.codec.config(), **self.about}
 
     def state_dict(self) -> dict:
         """Return the best error so far, for the checkpoint."""

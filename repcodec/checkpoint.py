@@ -1,12 +1,21 @@
-"""Saved folders: config.json and model.safetensors. Nothing in them is ever unpickled."""
+"""Codecs on disk: saved folders (config.json, model.safetensors), published .pkl files, Lightning's .ckpt files.
+
+Nothing in them is ever run: of the last two, which are pickles, tensors and plain values alone are read.
+"""
 
 import hashlib
 import json
+import re
+import warnings
+from dataclasses import fields
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from repcodec.errors import RepCodecError, first_line
+from repcodec.architecture import Architecture
+from repcodec.errors import RepCodecError
 from repcodec.files import atomic_write
+from repcodec.model_card import model_card
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -14,11 +23,24 @@ if TYPE_CHECKING:
 FILES = ("config.json", "model.safetensors", "README.md")
 """What a saved folder holds; the last one is the model card."""
 
+PUBLISHED = {
+    "hubert_base_l9": ("hubert_base", 9),
+    "hubert_large_l18": ("hubert_large", 18),
+    "data2vec_base_l6": ("data2vec_base", 6),
+    "data2vec_large_l18": ("data2vec_large", 18),
+    "whisper_medium_l24": ("whisper_medium", 24),
+    "whisper_large_l32": ("whisper_large_v2", 32),
+}
+"""The published settings: a checkpoint's file stem -> the speech encoder's name in the encoder table, and the layer."""
+
+OPTIONS = {field.name for field in fields(Architecture)} - {"dim", "pad_to_stride"} | {"codebook_num", "codebook_size"}
+"""What `model_params` of a published training config may say."""
+
 
 def save_folder(folder: Path | str, config: dict, tensors: "dict[str, Tensor]") -> None:
-    """Write config.json and model.safetensors, each whole or not at all, config.json last.
+    """Write model.safetensors, the model card README.md, and config.json, each whole or not at all and in this order.
 
-    config.json holds the weights' hash, so that a kill between the two leaves nothing that looks finished.
+    config.json holds the weights' hash, so that a kill in between leaves nothing that looks finished.
 
     Raises:
         RepCodecError: the folder cannot be written.
@@ -29,6 +51,8 @@ def save_folder(folder: Path | str, config: dict, tensors: "dict[str, Tensor]") 
     with atomic_write(folder / "model.safetensors", "w+b") as file:
         weights = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
         file.write(weights)
+    with atomic_write(folder / "README.md") as file:
+        file.write(model_card(config))
     config = {**config, "weights_sha256": hashlib.sha256(weights).hexdigest()}
     with atomic_write(folder / "config.json") as file:
         json.dump(config, file, indent=2)
@@ -87,22 +111,257 @@ def load_tensors(folder: Path | str, module: "nn.Module") -> None:
         ) from error
 
 
-def local_folder(name: Path | str, revision: str | None = None) -> Path:
-    """Return a saved folder: `name` itself, or what the hub has under that id, downloaded once.
+def read_published(path: Path | str, config: Path | str | dict | None = None) -> "tuple[dict, dict[str, Tensor]]":
+    """Read a codec in the published format, a .pkl file.
+
+    Args:
+        path: the file; its stem names one of the settings in `PUBLISHED`, unless `config` says the architecture.
+        config: a published training config, a YAML file or what stands in one; what its `model_params` leave out is
+            as published.
+
+    Returns:
+        What config.json says of it, and its tensors under our names.
 
     Raises:
-        RepCodecError: there is no such folder, and no such id or no network.
+        RepCodecError: the file is unreadable, of another kind, would run code, or lacks weights; its stem is none of
+            the six and there is no config; the config is no such one, or the weights are of another architecture.
     """
-    folder = Path(name).expanduser()
-    is_id = str(name).count("/") == 1 and not str(name).startswith(("/", ".", "~"))
-    if folder.is_dir() or not is_id:
-        return folder
-    import huggingface_hub
+    import torch
 
-    try:
-        return Path(huggingface_hub.snapshot_download(str(name), revision=revision, allow_patterns=list(FILES)))
-    except Exception as error:  # the library and what it stands on raise many kinds
+    path = Path(path).expanduser()
+    loaded = _read_pickle(path)
+    model = loaded.get("model") if isinstance(loaded, dict) else None
+    state: Any = model.get("repcodec") if isinstance(model, dict) else None
+    first = state.get("encoder.conv.conv.weight") if isinstance(state, dict) else None
+    if not isinstance(first, torch.Tensor) or first.ndim != 3:
+        advice = "use another file"
+        if isinstance(loaded, dict) and "state_dict" in loaded:
+            advice = "it looks like a Lightning checkpoint, whose suffix is .ckpt"
         raise RepCodecError(
-            f"{name}: neither a folder here nor a codec that could be downloaded ({first_line(error)}); without a "
-            "network, copy the folder that save_pretrained wrote and name it."
+            f"{path}: expected a published codec, weights such as encoder.conv.conv.weight (C, D, kernel) in "
+            f'["model"]["repcodec"], but found none; {advice}.'
+        )
+    if path.stem not in PUBLISHED and config is None:
+        raise RepCodecError(
+            f"{path}: its name is none of {', '.join(PUBLISHED)}, and the file does not say its architecture: give "
+            "its training config, a YAML file (config), or name it after its setting."
+        )
+    options = {} if config is None else _model_params(config)
+    about = _setting(path, None if "input_channels" in options else first.shape[1])
+    books = {"codebook_num": options.pop("codebook_num", 1), "codebook_size": options.pop("codebook_size", 1024)}
+    # A rest of frames that does not fill a code has none, as published; without strides there is no rest.
+    pad = all(stride == 1 for stride in options.get("enc_strides", ()))
+    try:
+        shape = Architecture(options.get("input_channels", first.shape[1]), **options, pad_to_stride=pad)
+    except ValueError as error:
+        source = "config" if isinstance(config, dict) else config
+        raise RepCodecError(f"{source}: its model_params describe no codec ({error}); correct them.") from error
+    names = _published_names(shape, books["codebook_num"])
+    _check_names(path, state, names, "give the training config that made them")
+    tensors = {ours: _weights(path, theirs, state[theirs]) for theirs, ours in names.items()}
+    for name, tensor in tensors.items():
+        if name.endswith((".codes", ".sums")) and tensor.ndim == 2:
+            tensors[name] = tensor.T  # published, codes are columns
+    tensors |= {"feature_mean": torch.zeros(shape.input_channels), "feature_scale": torch.ones(())}
+    quantizer = {"kind": "ema", "codebook_size": books["codebook_size"], "num_codebooks": books["codebook_num"]}
+    return {"kind": "repcodec", **shape.options(), **books, "quantizer": quantizer, **about}, tensors
+
+
+def read_lightning(path: Path | str) -> "tuple[dict, dict[str, Tensor]]":
+    """Read the codec of a Lightning checkpoint that train.py made, a .ckpt file.
+
+    Returns:
+        What config.json says of it, and its tensors.
+
+    Raises:
+        RepCodecError: the file is unreadable, would run code, holds no codec, or does not describe it.
+    """
+    path = Path(path).expanduser()
+    loaded = _read_pickle(path)
+    state = loaded.get("state_dict") if isinstance(loaded, dict) else None
+    state = state if isinstance(state, dict) else {}
+    tensors = {
+        name.removeprefix("codec."): _weights(path, name, tensor)
+        for name, tensor in state.items()
+        if str(name).startswith("codec.")
+    }
+    if not tensors:
+        raise RepCodecError(
+            f"{path}: expected a Lightning checkpoint of train.py, weights codec.… in its state_dict, but found none; "
+            "a run has its own in checkpoints/."
+        )
+    if "codec" not in loaded:
+        raise RepCodecError(
+            f"{path}: an earlier version made this checkpoint, which does not say the codec's architecture: use the "
+            "codec/ folder of its run."
+        )
+    try:
+        config = json.loads(json.dumps(loaded["codec"]))
+    except (TypeError, ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict):
+        raise RepCodecError(f"{path}: its description of the codec is not made of plain values; use another file.")
+    return config, tensors
+
+
+def fill(module: "nn.Module", tensors: "dict[str, Tensor]", source: Path | str) -> None:
+    """Give a module copies of tensors, in its own precision; names and shapes must agree exactly.
+
+    Raises:
+        RepCodecError: they do not, or a value is not finite; names `source`, where the tensors are from.
+    """
+    import torch
+
+    expected = module.state_dict()
+    _check_names(source, tensors, expected, "use a file that holds the whole codec")
+    copies = {}
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape:
+            raise RepCodecError(
+                f"{source}: {name} has shape {tuple(tensor.shape)}, but the architecture described has "
+                f"{tuple(expected[name].shape)}; give the training config that made it."
+            )
+        if not torch.isfinite(tensor).all():
+            raise RepCodecError(f"{source}: {name} holds values that are not finite; use an earlier checkpoint.")
+        copies[name] = tensor.to(expected[name].dtype, copy=True, memory_format=torch.contiguous_format)
+    module.load_state_dict(copies, assign=True)
+
+
+def _read_pickle(path: Path) -> Any:
+    """Read a file that torch.save made, tensors and plain values only.
+
+    Raises:
+        RepCodecError: there is no such file, it is no such file or a damaged one, or holds more.
+    """
+    import torch
+
+    if not path.is_file():
+        found = "is a folder" if path.is_dir() else "does not exist"
+        raise RepCodecError(f"{path} {found}, expected a checkpoint file; check the path.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # about the kinds of file that are then refused
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError as error:
+        raise RepCodecError(f"{path}: you may not read it ({error.strerror}); ask its owner.") from error
+    except Exception as error:  # torch raises many kinds, and in many words advises to run the file
+        if code := re.search(r"GLOBAL ([\w.]{1,80})", str(error)):
+            raise RepCodecError(
+                f"{path}: not loaded, because it holds {code[1]} and loading that could run code; expected tensors "
+                "and plain values alone, so take the file from its publisher or save it again without that."
+            ) from error
+        raise RepCodecError(
+            f"{path}: not a checkpoint that torch can read; it is damaged, cut off or of another kind: download or "
+            "copy it again."
         ) from error
+
+
+def _weights(path: Path, name: str, tensor: Any) -> "Tensor":
+    """Return what a checkpoint holds under a name, without its gradient.
+
+    Raises:
+        RepCodecError: it is no plain tensor of floating point numbers.
+    """
+    import torch
+
+    kind = getattr(tensor, "dtype", type(tensor).__name__)
+    plain = isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.layout == torch.strided
+    if not plain or tensor.device.type != "cpu":
+        raise RepCodecError(f"{path}: {name} is no tensor of weights (found {kind}); use another file.")
+    return tensor.detach()
+
+
+def _check_names(source: Path | str, found: dict, expected: dict, advice: str) -> None:
+    """Refuse tensors whose names are not those expected.
+
+    Raises:
+        RepCodecError: names the first that is missing and the first that is too many.
+    """
+    missing, unexpected = sorted(expected.keys() - found.keys()), sorted(map(str, found.keys() - expected.keys()))
+    if missing or unexpected:
+        parts = [f"{len(missing)} missing, such as {missing[0]}"] if missing else []
+        parts += [f"{len(unexpected)} unexpected, such as {unexpected[0]}"] if unexpected else []
+        raise RepCodecError(f"{source}: its tensors are not those of the architecture ({'; '.join(parts)}): {advice}.")
+
+
+def _setting(path: Path, width: int | None) -> dict:
+    """Return what config.json says of a published file besides its architecture: where the features are from.
+
+    Raises:
+        RepCodecError: its weights are of another width than its name says; None: the config says the width.
+    """
+    from repcodec.speech_encoders import encoder_table
+
+    about = {"frame_rate": 50, "feature_norm": False, "source": path.name, "repcodec_version": version("repcodec")}
+    if path.stem not in PUBLISHED:
+        return about
+    encoder, layer = PUBLISHED[path.stem]
+    spec = encoder_table()[encoder]
+    if width not in (None, spec.dim):
+        fits = [name for name, (other, _) in PUBLISHED.items() if encoder_table()[other].dim == width]
+        raise RepCodecError(
+            f"{path}: {path.stem} has features of width {spec.dim}, but these weights take {width}, which fits "
+            + (f"{' or '.join(fits)}: name the file so." if fits else "none of the six: give its training config.")
+        )
+    return {"encoder": encoder, "layer": layer, "waveform_norm": spec.waveform_norm, **about}
+
+
+def _model_params(config: Path | str | dict) -> dict:
+    """Return the options of a published training config.
+
+    Raises:
+        RepCodecError: the file is unreadable, has no `model_params`, or one of them is unknown or of another type.
+    """
+    import yaml
+
+    loaded: Any = config
+    source = "config" if isinstance(config, dict) else config
+    if not isinstance(config, dict):
+        try:
+            loaded = yaml.safe_load(Path(config).expanduser().read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+            raise RepCodecError(f"{config}: not a readable YAML file ({' '.join(str(error).split())}).") from error
+    options = loaded.get("model_params") if isinstance(loaded, dict) else None
+    if not isinstance(options, dict):
+        raise RepCodecError(f"{source}: expected a published training config with model_params, found none.")
+    if unknown := [str(name) for name in options if name not in OPTIONS]:
+        raise RepCodecError(
+            f"{source}: model_params has unknown options ({', '.join(unknown)}); remove them, known are "
+            f"{', '.join(sorted(OPTIONS))}."
+        )
+    for name, value in options.items():
+        kind = type(getattr(Architecture, name, 1))  # of the default
+        numbers = value if kind is tuple else [value]
+        whole = isinstance(numbers, list | tuple) and all(type(number) is int and number > 0 for number in numbers)
+        if not (isinstance(value, bool) if kind is bool else whole):
+            expected = {bool: "true or false", tuple: "a list of whole numbers from 1 up", int: "a number from 1 up"}
+            raise RepCodecError(f"{source}: {name} is {value!r}, expected {expected[kind]}.")
+    return dict(options)
+
+
+def _published_names(shape: Architecture, num_codebooks: int) -> dict[str, str]:
+    """Return the name of every tensor of a published codec -> its name here."""
+    names = {
+        "encoder.conv.conv.weight": "encoder.input.weight",
+        "projector.project.conv.weight": "encoder.projector.weight",
+        "decoder.conv1.conv.weight": "decoder.input.weight",
+        "decoder.conv2.conv.weight": "decoder.output.weight",
+    }
+    stacks = (
+        ("encoder", shape.enc_strides, shape.enc_block_dilations),
+        ("decoder", shape.dec_strides, shape.dec_block_dilations),
+    )
+    for stack, strides, dilations in stacks:
+        for i, stride in enumerate(strides):
+            theirs, ours = f"{stack}.conv_blocks.{i}", f"{stack}.stages.{i}"
+            conv = "deconv" if stack == "decoder" and stride > 1 else "conv"
+            for part in ("weight", "bias") if shape.bias else ("weight",):
+                names[f"{theirs}.conv.{conv}.{part}"] = f"{ours}.conv.{part}"
+            for j in range(len(dilations)):
+                names[f"{theirs}.res_units.{j}.conv1.conv.weight"] = f"{ours}.residuals.{j}.conv.weight"
+                names[f"{theirs}.res_units.{j}.conv2.conv.weight"] = f"{ours}.residuals.{j}.pointwise.weight"
+    for k in range(num_codebooks):
+        theirs, ours = f"quantizer.codebook.layers.{k}", f"quantizer.codebooks.{k}"
+        names |= {f"{theirs}.embed": f"{ours}.codes", f"{theirs}.cluster_size": f"{ours}.counts"}
+        names[f"{theirs}.embed_avg"] = f"{ours}.sums"
+    return names

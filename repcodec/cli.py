@@ -1,4 +1,4 @@
-"""The command `repcodec`: what a user does without Hydra."""
+"""The command `repcodec`: its flags and their help; `commands.py` does what they ask."""
 
 import argparse
 import os
@@ -14,7 +14,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, run, summary: str, *examples: str) -> argparse.ArgumentParser:
+    def command(name: str, summary: str, *examples: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(
             name,
             help=summary,
@@ -22,11 +22,11 @@ def _parser() -> argparse.ArgumentParser:
             epilog="\n  ".join(["example:" if len(examples) == 1 else "examples:", *examples]),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=name, usage=sub.error)
         return sub
 
     manifest = command(
-        "manifest", _manifest,
+        "manifest",
         "List the sound files below a folder, in the published .tsv format. Unreadable files are listed and left out.",
         "repcodec manifest LibriSpeech/train-clean-100 -o train.tsv",
     )  # fmt: skip
@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     manifest.add_argument("--strict", action="store_true", help="stop at the first unreadable file instead")
 
     extract = command(
-        "extract", _extract, "Compute a speech encoder's features into ROOT/<encoder>/l<layer>/<manifest's stem>/. "
+        "extract", "Compute a speech encoder's features into ROOT/<encoder>/l<layer>/<manifest's stem>/. "
         "After a kill, the same command goes on.",
         "repcodec extract train.tsv features --encoder hubert_base --layer 9",
         "repcodec extract train.tsv features --encoder whisper_medium --model whisper-medium --device cuda --shard 0/8",
@@ -72,14 +72,91 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
 
     tokenize = command(
-        "tokenize", _tokenize, "Turn feature shards into a tokens file in the published format.",
+        "tokenize", "Turn features or sound into a tokens file. After a kill, the same command goes on.",
         "repcodec tokenize outputs/demo/codec cache/demo/features/whisper_tiny_en/l3/test -o test.tokens",
+        "repcodec tokenize codec LibriSpeech/test-clean -o test.jsonl --deduplicate",
+        "repcodec tokenize codec train.tsv -o train.tokens --device cuda --shard 0/8",
+        "repcodec tokenize user/codec-on-the-hub speech.wav",
+        "sox speech.mp3 -t wav - | repcodec tokenize codec -",
+        "features-as-they-come | repcodec tokenize codec - --stream",
     )  # fmt: skip
-    tokenize.add_argument("codec", help="folder of a saved codec or k-means model")
-    tokenize.add_argument("features", help="folder of feature shards, {rank}_{n}.npy and .len")
-    tokenize.add_argument("-o", "--output", required=True, help="the tokens file to write")
+    tokenize.add_argument("codec", help="a saved codec or k-means model: a folder or a hub id")
+    tokenize.add_argument(
+        "input", nargs="+",
+        help="a folder of feature shards ({rank}_{n}.npy), a manifest (.tsv), a folder of sound files, sound files, or "
+        "- for one sound on standard input",
+    )  # fmt: skip
+    tokenize.add_argument("-o", "--output", help="the file to write; standard output when left out")
+    tokenize.add_argument(
+        "--format", choices=["tokens", "jsonl"],
+        help="tokens: the published format, one codebook; jsonl: JSON lines with id, duration and the codes of all "
+        "codebooks (default: jsonl for an output that ends in .jsonl and for several codebooks on standard output)",
+    )  # fmt: skip
+    tokenize.add_argument(
+        "--deduplicate", action="store_true",
+        help="write runs of equal codes as one: code:length in the published format, codes and repeats in JSON lines",
+    )  # fmt: skip
     tokenize.add_argument("--manifest", help="names the utterances of shards made elsewhere, which have no .json")
+    tokenize.add_argument(
+        "--model", metavar="FOLDER_OR_HUB_ID",
+        help="where the speech encoder's weights are, for sound (default: where they were in training, or the hub)",
+    )  # fmt: skip
+    tokenize.add_argument(
+        "--shard", type=_shard, metavar="I/N|slurm",
+        help="do part I of N of the utterances only; whoever finishes the last part joins them, in order. slurm: I and "
+        "N are this task's place in a SLURM job array numbered from 0",
+    )  # fmt: skip
+    tokenize.add_argument("--skip-bad", action="store_true", help="leave out bad sounds instead of stopping")
+    tokenize.add_argument(
+        "--batch-seconds", type=_seconds, default=100.0, metavar="S",
+        help="seconds of sound the speech encoder runs at once (default 100); fewer if memory runs out",
+    )  # fmt: skip
+    tokenize.add_argument(
+        "--stream", action="store_true",
+        help="features only: write a JSON line as soon as codes are ready; - reads frames of little-endian float32 "
+        "values, one after another, from standard input",
+    )  # fmt: skip
     tokenize.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 … (default cpu)")
+
+    decode = command(
+        "decode", "Turn a tokens file back into a shard of features.",
+        "repcodec decode outputs/demo/codec test.tokens decoded/test",
+    )  # fmt: skip
+    decode.add_argument("codec", help="the codec or k-means model that made the tokens: a folder or a hub id")
+    decode.add_argument("tokens", help="a tokens file in the published format, or JSON lines")
+    decode.add_argument("folder", help="gets 0_1.npy, 0_1.len and 0_1.json")
+    decode.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 … (default cpu)")
+
+    info = command(
+        "info", "Say what a codec, a folder of feature shards or a tokens file is.",
+        "repcodec info outputs/demo/codec",
+        "repcodec info cache/demo/features/whisper_tiny_en/l3/test",
+        "repcodec info test.tokens",
+    )  # fmt: skip
+    info.add_argument("path", help="a codec (folder or hub id), a folder of feature shards, or a tokens file")
+
+    convert = command(
+        "convert",
+        "Turn a published checkpoint (.pkl), a Lightning checkpoint (.ckpt) or a saved codec into a saved codec.",
+        "repcodec convert hubert_base_l9.pkl codecs/hubert_base_l9",
+        "repcodec convert mine.pkl codecs/mine --config train_config.yaml",
+        "repcodec convert outputs/demo/checkpoints/last.ckpt codecs/last",
+    )  # fmt: skip
+    convert.add_argument("source", help="one of the six published files by its name, another .pkl, a .ckpt, or a codec")
+    convert.add_argument("folder", help="the saved codec to write")
+    convert.add_argument(
+        "--config", help="the published training config (.yaml) of a .pkl that is not named as one of the six"
+    )
+
+    export = command(
+        "export", "Write a codec as ONNX graphs, encode.onnx and decode.onnx, of any number of frames.",
+        "repcodec export outputs/demo/codec onnx",
+        "repcodec export outputs/demo/codec onnx --check cache/demo/features/whisper_tiny_en/l3/test",
+    )  # fmt: skip
+    export.add_argument("codec", help="a saved codec: a folder or a hub id")
+    export.add_argument("folder", help="gets encode.onnx and decode.onnx")
+    export.add_argument("--format", choices=["onnx"], default="onnx", help="the only one so far")
+    export.add_argument("--check", metavar="FEATURES", help="a folder of feature shards to compare both on")
     return parser
 
 
@@ -115,62 +192,13 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-def _manifest(args: argparse.Namespace) -> None:
-    from repcodec.extraction import make_manifest
-
-    manifest = make_manifest(args.folder, skip_bad=not args.strict)
-    manifest.write(args.output)
-    for reason in manifest.skipped.values():
-        print(f"skipped: {reason}", file=sys.stderr)
-    more = f"; {len(manifest.skipped)} files were skipped" if manifest.skipped else ""
-    print(f"{args.output}: {len(manifest)} utterances, {sum(manifest.num_samples) / 16_000 / 60:.1f} minutes{more}")
-
-
-def _extract(args: argparse.Namespace) -> None:
-    from pathlib import Path
-
-    from repcodec.manifest import Manifest
-
-    manifest = Manifest.read(args.manifest, args.skip_bad)  # a mistake in it is told before anything heavy is loaded
-    from repcodec.extraction import extract, feature_folder
-    from repcodec.speech_encoders import find_encoder, load_speech_encoder
-    from repcodec.tokenization import usable_device
-
-    spec = find_encoder(args.encoder, args.model)
-    encoder = load_speech_encoder(spec, args.layer, args.model).to(usable_device(args.device))
-    folder = feature_folder(args.root, args.encoder, encoder.layer, Path(args.manifest).stem)
-    rank, num_shards = args.shard
-    extract(
-        manifest, folder, spec, encoder, rank, num_shards, model=args.model, dtype=args.dtype,
-        batch_seconds=args.batch_seconds, skip_bad=args.skip_bad,
-    )  # fmt: skip
-    print(f"{folder}: shard {rank} of {num_shards} is there")
-
-
-def _tokenize(args: argparse.Namespace) -> None:
-    from repcodec.manifest import Manifest
-    from repcodec.shards import FeatureShards
-    from repcodec.tokenization import load_tokenizer, tokenize, usable_device
-
-    shards = FeatureShards(args.features)
-    tokenizer = load_tokenizer(args.codec, shards).to(usable_device(args.device))
-    if args.manifest:
-        manifest = Manifest.read(args.manifest)
-        shards.check_manifest(manifest.paths, manifest.num_samples)
-        names, root = list(manifest.paths), str(manifest.root)
-    elif shards.names is not None:
-        names, root = shards.names, shards.root
-    else:
-        raise RepCodecError(f"{args.features}: these shards do not name their utterances: give --manifest FILE.tsv.")
-    tokenize(tokenizer, shards, args.output, names, root)
-    print(f"{args.output}: {len(names)} utterances")
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; return its exit code: 0, 1 after a user's mistake in data, 2 in usage."""
     args = _parser().parse_args(arguments)
+    from repcodec import commands
+
     try:
-        args.run(args)
+        getattr(commands, args.run)(args)
     except RepCodecError as error:
         print(f"error: {user_message(error)}", file=sys.stderr)
         return 1

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from repcodec.architecture import Architecture
-from repcodec.checkpoint import load_tensors, local_folder, read_config, save_folder
+from repcodec.checkpoint import fill, load_tensors, read_config, read_lightning, read_published, save_folder
 from repcodec.errors import RepCodecError
+from repcodec.hub import local_folder, push
 from repcodec.packing import encode_packed
 from repcodec.quantizers import NO_CODE, QUANTIZERS, EMAQuantizer, Quantizer, QuantizerOutput
 from repcodec.stacks import DecoderStack, EncoderStack, frame_mask, packed, start_as_identity
@@ -45,7 +46,7 @@ class RepCodec(nn.Module):
     brought back after the decoder; as published, these are 0 and 1.
 
     Attributes:
-        dim: D.
+        dim, output_dim: D, width of the features in and out.
         architecture: the shape of the stacks.
         quantizer: see `repcodec.quantizers.Quantizer`.
         about: what config.json says besides: speech encoder, layer, frame rate …
@@ -83,11 +84,16 @@ class RepCodec(nn.Module):
             quantizer = EMAQuantizer(shape.code_dim, codebook_size, codebook_num)
         if quantizer.dim != shape.code_dim:
             raise ValueError(f"the quantizer has width {quantizer.dim}, code_dim is {shape.code_dim}")
-        self.dim, self.quantizer = shape.input_channels, quantizer
+        self.dim, self.output_dim, self.quantizer = shape.input_channels, shape.output_channels, quantizer
         self.about: dict = {}
         self.encoder, self.decoder = EncoderStack(shape), DecoderStack(shape)
         self.register_buffer("feature_mean", torch.zeros(shape.input_channels))
         self.register_buffer("feature_scale", torch.ones(()))
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return next(self.buffers()).device
 
     @property
     def stride(self) -> int:
@@ -137,6 +143,24 @@ class RepCodec(nn.Module):
         """
         save_folder(folder, {**self.config(), **(about or {})}, self.state_dict())
 
+    def push_to_hub(
+        self, repo_id: str, *, private: bool = False, token: str | None = None, revision: str | None = None
+    ) -> str:
+        """Save the codec on the Hugging Face hub, for `from_pretrained`; return its address there.
+
+        What `about` says of folders on this machine stays here.
+
+        Args:
+            repo_id: "user/name"; made when missing.
+            private: whether a new one is private.
+            token: with the right to write; None: that of `hf auth login` or HF_TOKEN.
+            revision: the branch; None: main.
+
+        Raises:
+            RepCodecError: there is no token, or the hub cannot be reached or refuses.
+        """
+        return push(self.config(), self.state_dict(), repo_id, private=private, token=token, revision=revision)
+
     @classmethod
     def from_config(cls, config: dict) -> "RepCodec":
         """Build a codec, without weights, from what `config` returned.
@@ -169,14 +193,50 @@ class RepCodec(nn.Module):
         config = read_config(folder)
         if config["kind"] != "repcodec":
             raise RepCodecError(f"{folder} holds a {config['kind']}, expected a repcodec.")
-        try:
-            codec = cls.from_config(config)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise RepCodecError(
-                f"{folder}/config.json: describes no codec this version can build ({error})."
-            ) from error
+        codec = cls._described(config, folder / "config.json")
         load_tensors(folder, codec)
         return codec.eval()
+
+    @classmethod
+    def from_published(cls, path: Path | str, config: Path | str | dict | None = None) -> "RepCodec":
+        """Load a codec in the published format, in evaluation mode; nothing in the file is run.
+
+        Args:
+            path: a .pkl file; its stem is one of `repcodec.checkpoint.PUBLISHED`, such as hubert_base_l9.pkl.
+            config: the published training config (a YAML file, or the dict in it) of a codec with another name or
+                another shape.
+
+        Raises:
+            RepCodecError: see `repcodec.checkpoint.read_published`.
+        """
+        described, tensors = read_published(path, config)
+        codec = cls._described(described, path)
+        fill(codec, tensors, path)
+        return codec.eval()
+
+    @classmethod
+    def from_lightning(cls, path: Path | str) -> "RepCodec":
+        """Load the codec of a Lightning checkpoint of train.py, in evaluation mode; nothing in the file is run.
+
+        Raises:
+            RepCodecError: see `repcodec.checkpoint.read_lightning`.
+        """
+        described, tensors = read_lightning(path)
+        codec = cls._described(described, path)
+        fill(codec, tensors, path)
+        return codec.eval()
+
+    @classmethod
+    def _described(cls, config: dict, source: Path | str) -> "RepCodec":
+        """`from_config`, of what a user's file says.
+
+        Raises:
+            RepCodecError: it describes no codec; names `source`.
+        """
+        try:
+            return cls.from_config(config)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise RepCodecError(f"{source}: describes no codec this version can build ({error}).") from error
 
     def normalize(self, features: Tensor) -> Tensor:
         """Features (…, D) as the stacks see them."""
@@ -216,6 +276,8 @@ class RepCodec(nn.Module):
             RepCodecError: a code that the codebook does not have.
         """
         self.check_codes(codes)
+        if codes.shape[-1] == 0:  # as of an utterance that is shorter than a code; no convolution takes it
+            return self.feature_mean.new_zeros(len(codes), 0, self.output_dim)
         mask = codes[:, 0] >= 0
         valid = None if mask.all() else mask
         return self._features(self.quantizer.decode(codes), valid, lengths, codes.shape[-1] * self.stride)

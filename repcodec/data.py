@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from repcodec.errors import RepCodecError
 from repcodec.labels import PhoneLabels
 from repcodec.shards import FeatureShards
+from repcodec.speech_encoders import encoder_table
 
 SAMPLE_FRAMES = 200_000
 """Mean and scale of the training set, and the k-means baseline, see at most so many frames, evenly spaced over it."""
@@ -201,6 +202,28 @@ class FeaturesDataModule(L.LightningDataModule):
     def train(self) -> Any:
         """The training split."""
         return self.split("train")
+
+    @property
+    def about_features(self) -> dict:
+        """What config.json says of the features besides encoder and layer, as far as it is known.
+
+        waveform_norm: see `EncoderSpec`; encoder_model: hub id or absolute folder of the speech encoder;
+        encoder_sha256: hash of its weights.
+        """
+        row = encoder_table().get(self.encoder)
+        return ({"waveform_norm": row.waveform_norm} if row is not None else {}) | self.train.about_features
+
+    def describe_valid(self) -> str:
+        """Say what the validation split is, for the model card: that is made public, so no path is named."""
+        minutes = int(self.valid.lengths.sum()) / (self.valid.frame_rate or 50) / 60
+        length = f"{minutes / 60:.1f} hours" if minutes >= 60 else f"{minutes:.1f} minutes"
+        corpus = f", of {self.corpus_name}" if self.corpus_name else ""
+        return f"validation split, {len(self.valid):,} utterances, {length}{corpus}"
+
+    @property
+    def corpus_name(self) -> str:
+        """Name of the folder that holds the validation split's sound; "" where that is not known."""
+        return Path(self.valid.root).name
 
     @cached_property
     def statistics(self) -> FeatureStatistics:

@@ -19,9 +19,9 @@ from repcodec.audio import SAMPLE_RATE, find_sound_files, resample
 from repcodec.data import ShardsDataModule
 from repcodec.demo_weights import convert_whisper_tiny_en
 from repcodec.errors import RepCodecError
-from repcodec.extraction import extract, make_manifest
+from repcodec.extraction import extract
 from repcodec.files import atomic_write
-from repcodec.manifest import Manifest, utterance_id
+from repcodec.manifest import Manifest, make_manifest, utterance_id
 from repcodec.speech_encoders import encoder_table, load_speech_encoder
 
 SPLITS = ("train", "valid", "test")
@@ -285,6 +285,11 @@ class DemoDataModule(ShardsDataModule):
             labels = str(self.corpus / "phones.tsv")
         self.audio, self.model, self.corpus_seed = audio, model, corpus_seed
         super().__init__(root=str(self.corpus / "features"), encoder=encoder, layer=layer, labels=labels, **options)
+
+    @property
+    def corpus_name(self) -> str:
+        """See `FeaturesDataModule`."""
+        return super().corpus_name if self.audio is not None else "the demo corpus spoken by espeak-ng"
 
     def prepare_data(self) -> None:
         """Make what is missing: manifests, weights, features.

@@ -1,6 +1,7 @@
 """Tokenizers x features -> results."""
 
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,10 @@ from repcodec.errors import RepCodecError
 from repcodec.kmeans import KMeansTokenizer
 from repcodec.labels import PhoneLabels
 from repcodec.metrics import CodeUsage, NormalizedError, PhoneAgreement
+from repcodec.packing import Tokenizer
 from repcodec.quantizers import fit_centroids
 from repcodec.shards import FeatureShards
-from repcodec.tokenization import Tokenizer, encode_shards
+from repcodec.tokenization import encode_shards
 
 
 @dataclass
@@ -76,6 +78,7 @@ def fit_kmeans(data: FeaturesDataModule, codebook_size: int, folder: Path) -> KM
     Raises:
         RepCodecError: fewer frames than codes, or the folder cannot be written.
     """
+    known = data.about_features
     about = {
         "encoder": data.encoder,
         "layer": data.layer,
@@ -83,6 +86,7 @@ def fit_kmeans(data: FeaturesDataModule, codebook_size: int, folder: Path) -> KM
         "frames": int(data.train.lengths.sum()),
         "manifest_sha256": data.train.manifest_sha256,
         "seed": data.seed,
+        **{key: value for key, value in known.items() if key != "encoder_model"},  # a folder may move
     }
     if (folder / "config.json").exists() and about.items() <= read_config(folder).items():
         return KMeansTokenizer.from_pretrained(folder)
@@ -93,7 +97,10 @@ def fit_kmeans(data: FeaturesDataModule, codebook_size: int, folder: Path) -> KM
     print(f"Fitting k-means of {codebook_size} codes to {len(frames):,} frames …", flush=True)
     centroids = torch.from_numpy(fit_centroids(frames.numpy(), codebook_size, data.seed))
     tokenizer = KMeansTokenizer(centroids * scale + mean)
-    tokenizer.save_pretrained(folder, about)
+    tokenizer.about = {**about, **known, "repcodec_version": version("repcodec")}
+    if data.train.frame_rate is not None:
+        tokenizer.about["frame_rate"] = data.train.frame_rate
+    tokenizer.save_pretrained(folder)
     return tokenizer
 
 
@@ -160,13 +167,13 @@ class _Pass:
 def _run(tokenizer: Tokenizer, shards: FeatureShards, data: FeaturesDataModule, description: str) -> _Pass:
     error = NormalizedError(data.statistics.mean)
     usage = CodeUsage(tokenizer.num_codebooks, tokenizer.codebook_size)
-    device = next(tokenizer.buffers()).device
     kept = []
     for features, codes in encode_shards(tokenizer, shards, description):
         kept.append(codes)
         if codes.shape[1] == 0:
             continue
-        reconstruction = tokenizer.decode(codes[None].to(device))[0, : len(features)].cpu()
+        reconstruction = tokenizer.decode(codes[None].to(tokenizer.device))[0, : len(features)].cpu()
+        features = features[: len(reconstruction)]  # a converted strided codec leaves a rest at the end out
         error.update(reconstruction, features, torch.ones(len(features), dtype=torch.bool))
         usage.update(codes[None])
     return _Pass(kept, usage, error)

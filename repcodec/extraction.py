@@ -1,22 +1,20 @@
-"""Sound files -> manifest -> feature shards."""
+"""Manifest -> feature shards."""
 
 import json
-import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from repcodec.audio import SAMPLE_RATE, find_sound_files, num_samples_at_16khz
+from repcodec.audio import SAMPLE_RATE
 from repcodec.errors import RepCodecError
-from repcodec.manifest import Manifest, check_lines, utterance_id
+from repcodec.manifest import Manifest, SoundList, num_cores
 from repcodec.shard_writer import MOVES, write_shard
-from repcodec.shards import is_finished, num_shards_there, shard_path
+from repcodec.shards import found_at, is_finished, num_shards_there, shard_path
 from repcodec.speech_encoders import BATCH_SECONDS, EncoderSpec, SpeechEncoder, batches_of
 
 READ_AHEAD = 2
@@ -26,50 +24,6 @@ READ_AHEAD = 2
 def feature_folder(root: Path | str, encoder: str, layer: int, split: str) -> Path:
     """Return where a split's features lie: `root/<encoder>/l<layer>/<split>`."""
     return Path(root) / encoder / f"l{layer}" / split
-
-
-def make_manifest(folder: Path | str, skip_bad: bool = False) -> Manifest:
-    """List the sound files below a folder, reading many headers at a time.
-
-    Args:
-        folder: searched in any depth.
-        skip_bad: leave out unusable files and note them in `skipped`, instead of refusing the first.
-
-    Raises:
-        RepCodecError: the folder holds no usable file, or one is unreadable, empty, has a name that a manifest cannot
-            hold or the id of another one.
-    """
-    root = Path(folder).expanduser().resolve()
-    files = find_sound_files(root)
-    names = [path.relative_to(root).as_posix() for path in files]
-    listed: dict[str, int] = {}
-    skipped: dict[str, str] = {}
-    ids: dict[str, str] = {}
-
-    def samples(name: str) -> int | RepCodecError:
-        try:
-            check_lines(name)
-            return num_samples_at_16khz(root / name)
-        except RepCodecError as error:
-            return error
-
-    with ThreadPoolExecutor(4 * _num_cores()) as pool:
-        # Some at a time: a pool takes all its work in at once, and does all of it even after a failure.
-        some = (pool.map(samples, names[first : first + 1000]) for first in range(0, len(names), 1000))
-        found_counts = chain.from_iterable(some)
-        counts = tqdm(found_counts, total=len(files), desc="Reading sound headers", unit="file")
-        for name, path, found in zip(names, files, counts, strict=True):
-            if not isinstance(found, RepCodecError) and (first := ids.setdefault(utterance_id(name), name)) != name:
-                found = RepCodecError(f"{path}: has the id of {first}; ids are paths without endings, rename one.")
-            if not isinstance(found, RepCodecError):
-                listed[name] = found
-            elif skip_bad:
-                skipped[name] = str(found)
-            else:
-                raise found
-    if not listed:
-        raise RepCodecError(f"{root} holds no usable sound file: all {len(files)} are unreadable.")
-    return Manifest(root, list(listed), list(listed.values()), skipped)
 
 
 @torch.inference_mode()
@@ -110,7 +64,7 @@ def extract(
     about = {
         "encoder": spec.name,
         "layer": encoder.layer,
-        "model": str(model or spec.model),
+        "model": found_at(str(model or spec.model)),
         "weights_sha256": encoder.weights_sha256,
         "dim": encoder.dim,
         "frame_rate": encoder.frame_rate,
@@ -127,7 +81,6 @@ def extract(
             f"{folder}: shards of {max(others)} are there, but this would be one of {num_shards}; delete them, or go "
             f"on with --shard I/{max(others)}."
         )
-    device = next(encoder.parameters()).device
     batches = batches_of(utterances.num_samples, batch_seconds)
     seconds = [sum(utterances.num_samples[i] for i in batch) / SAMPLE_RATE for batch in batches]
     with write_shard(folder, rank, num_shards, encoder.dim, about, dtype, skip_bad=skip_bad) as shard:
@@ -135,12 +88,12 @@ def extract(
         for where, reason in utterances.skipped.items() if done == 0 else ():
             shard.skip(where, reason)
 
-        def write(number: int, sounds: list[np.ndarray | RepCodecError], features: Iterator[np.ndarray]) -> None:
-            for utterance, sound in zip(batches[number], sounds, strict=True):
-                if isinstance(sound, RepCodecError):
-                    shard.skip(utterances.paths[utterance], str(sound))
+        def write(number: int, results: list[np.ndarray | RepCodecError]) -> None:
+            for utterance, result in zip(batches[number], results, strict=True):
+                if isinstance(result, RepCodecError):
+                    shard.skip(utterances.paths[utterance], str(result))
                 else:
-                    shard.append(utterances.paths[utterance], next(features))
+                    shard.append(utterances.paths[utterance], result)
             shard.commit()
             bar.update(seconds[number])
 
@@ -149,20 +102,42 @@ def extract(
             ThreadPoolExecutor(1) as pool,
         ):
             writing: Future | None = None  # a batch is written while the next one is run
-            for number, sounds in enumerate(_read_ahead(utterances, batches[done:], encoder, skip_bad), start=done):
-                good = [torch.from_numpy(sound).to(device) for sound in sounds if isinstance(sound, np.ndarray)]
-                features = iter(_run(encoder, good, batch_seconds))
+            runs = run_batches(utterances, batches[done:], encoder, batch_seconds, skip_bad)
+            for number, results in enumerate(runs, start=done):
                 if writing is not None:
                     writing.result()
-                writing = pool.submit(write, number, sounds, features)
+                writing = pool.submit(write, number, results)
             if writing is not None:
                 writing.result()
     if shard.skipped:
         print(f"{len(shard.skipped)} sounds were skipped: {shard_path(folder, rank, num_shards, '.skipped.tsv')}")
 
 
+@torch.inference_mode()
+def run_batches(
+    utterances: SoundList, batches: list[list[int]], encoder: SpeechEncoder, batch_seconds: float, skip_bad: bool
+) -> Iterator[list[np.ndarray | RepCodecError]]:
+    """Yield the features (T, D) of each utterance of one batch after another; sound is decoded meanwhile.
+
+    Args:
+        utterances: the sounds.
+        batches: numbers of the utterances run at once.
+        encoder: the speech encoder, on its device.
+        batch_seconds: how the batches were cut, for the message when memory runs out.
+        skip_bad: yield the error of a bad sound in its features' place, instead of raising it.
+
+    Raises:
+        RepCodecError: a bad sound, or too little memory.
+    """
+    device = next(encoder.parameters()).device
+    for sounds in _read_ahead(utterances, batches, encoder, skip_bad):
+        good = [torch.from_numpy(sound).to(device) for sound in sounds if isinstance(sound, np.ndarray)]
+        features = iter(_run(encoder, good, batch_seconds))
+        yield [sound if isinstance(sound, RepCodecError) else next(features) for sound in sounds]
+
+
 def _read_ahead(
-    utterances: Manifest, batches: list[list[int]], encoder: SpeechEncoder, skip_bad: bool
+    utterances: SoundList, batches: list[list[int]], encoder: SpeechEncoder, skip_bad: bool
 ) -> Iterator[list[np.ndarray | RepCodecError]]:
     """Yield the waveforms of one batch after another; threads decode the next ones meanwhile.
 
@@ -174,7 +149,7 @@ def _read_ahead(
         try:
             waveform = utterances.waveform(utterance)
             if encoder.num_frames(len(waveform)) == 0:
-                path = utterances.root / utterances.paths[utterance]
+                path = Path(utterances.root, utterances.paths[utterance])
                 raise RepCodecError(
                     f"{path}: {len(waveform)} samples are too short for one frame; remove it from the manifest."
                 )
@@ -184,7 +159,7 @@ def _read_ahead(
             return error
         return waveform
 
-    pool = ThreadPoolExecutor(_num_cores())
+    pool = ThreadPoolExecutor(num_cores())
     try:
         waiting: deque = deque()
         for batch in batches:
@@ -195,11 +170,6 @@ def _read_ahead(
             yield [future.result() for future in waiting.popleft()]
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _num_cores() -> int:
-    """Return how many cores this process may use: on a cluster, fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _run(encoder: SpeechEncoder, waveforms: list[torch.Tensor], batch_seconds: float) -> list[np.ndarray]:

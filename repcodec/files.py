@@ -11,6 +11,10 @@ from typing import IO
 from repcodec.errors import RepCodecError
 
 
+class InUse(RepCodecError):
+    """Another process is making the file."""
+
+
 @contextmanager
 def atomic_write(path: Path | str, mode: str = "w") -> Iterator[IO]:
     """Open a temporary sibling of `path` that takes its place only when the block ends well.
@@ -52,7 +56,8 @@ def locked(path: Path | str) -> Iterator[None]:
     system that has no locks, this is none.
 
     Raises:
-        RepCodecError: another process, which the sentence names, is making it; or the folder cannot be written.
+        InUse: another process, which the sentence names, is making it.
+        RepCodecError: the folder cannot be written.
     """
     path = Path(path)
     lock = path.with_name(f".{path.name}.lock")
@@ -60,7 +65,7 @@ def locked(path: Path | str) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = _take(lock)
         if file is None:
-            raise RepCodecError(f"{path}: process {lock.read_text().strip()} is making it; wait for it, or stop it.")
+            raise InUse(f"{path}: process {lock.read_text().strip()} is making it; wait for it, or stop it.")
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()

@@ -5,8 +5,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from repcodec.checkpoint import load_tensors, local_folder, read_config, save_folder
+from repcodec.checkpoint import load_tensors, read_config, save_folder
 from repcodec.errors import RepCodecError
+from repcodec.hub import local_folder, push
 from repcodec.quantizers import NO_CODE, nearest_code
 from repcodec.stacks import frame_mask
 
@@ -19,6 +20,7 @@ class KMeansTokenizer(nn.Module):
         codebook_size: V.
         num_codebooks: 1.
         stride: 1, frames a code.
+        output_dim: D too.
         reach, decoder_reach: 0, a code depends on its own frame alone.
         about: what config.json says besides: speech encoder, layer, frame rate …
     """
@@ -33,8 +35,14 @@ class KMeansTokenizer(nn.Module):
         """Take (V, D) centroids."""
         super().__init__()
         self.codebook_size, self.dim = centroids.shape
+        self.output_dim = self.dim
         self.about: dict = {}
         self.register_buffer("centroids", centroids)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return next(self.buffers()).device
 
     def config(self) -> dict:
         """Return what config.json says."""
@@ -47,6 +55,16 @@ class KMeansTokenizer(nn.Module):
             RepCodecError: the folder cannot be written.
         """
         save_folder(folder, {**self.config(), **(about or {})}, self.state_dict())
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool = False, token: str | None = None, revision: str | None = None
+    ) -> str:
+        """Save the centroids on the Hugging Face hub; see `RepCodec.push_to_hub`.
+
+        Raises:
+            RepCodecError: there is no token, or the hub cannot be reached or refuses.
+        """
+        return push(self.config(), self.state_dict(), repo_id, private=private, token=token, revision=revision)
 
     @classmethod
     def from_pretrained(cls, folder: Path | str, revision: str | None = None) -> "KMeansTokenizer":

@@ -4,15 +4,19 @@ The published format: line 1 is the audio root, every other line `relative_path<
 """
 
 import hashlib
+import os
 import posixpath
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
-from repcodec.audio import read_audio
+from repcodec.audio import find_sound_files, num_samples_at_16khz, read_audio
 from repcodec.errors import RepCodecError
 from repcodec.files import atomic_write
 
@@ -37,6 +41,24 @@ def check_lines(*names: str) -> None:
         broken = any("\ud800" <= mark <= "\udfff" for mark in name)
         if broken or any(mark in name for mark in "\t\n\r"):
             raise RepCodecError(f"{name!r} holds a tab, a line break or a byte that is no UTF-8: rename it.")
+
+
+def shard_range(num_utterances: int, rank: int, num_shards: int) -> tuple[int, int]:
+    """Return the first utterance of shard `rank` of `num_shards` and the one after its last, by the published rule.
+
+    Raises:
+        RepCodecError: there is no such shard, or it would be empty.
+    """
+    if not 0 <= rank < num_shards:
+        raise RepCodecError(f"shard {rank} of {num_shards}: expected a number from 0 up to below the second one.")
+    # Python's rounding, half to even, as the published scripts have it.
+    start = round(num_utterances / num_shards * rank)
+    stop = round(num_utterances / num_shards * (rank + 1))
+    if start == stop:
+        raise RepCodecError(
+            f"shard {rank} of {num_shards} is empty: there are {num_utterances} utterances; use fewer shards."
+        )
+    return start, stop
 
 
 class SoundList:
@@ -166,14 +188,75 @@ class Manifest(SoundList):
         Raises:
             RepCodecError: there is no such shard, or it would be empty.
         """
-        if not 0 <= rank < num_shards:
-            raise RepCodecError(f"shard {rank} of {num_shards}: expected a number from 0 up to below the second one.")
-        # Python's rounding, half to even, as the published scripts have it.
-        start = round(len(self) / num_shards * rank)
-        stop = round(len(self) / num_shards * (rank + 1))
-        if start == stop:
-            raise RepCodecError(
-                f"shard {rank} of {num_shards} is empty: the manifest has {len(self)} utterances; use fewer shards."
-            )
+        start, stop = shard_range(len(self), rank, num_shards)
         skipped = self.skipped if rank == 0 else {}
         return Manifest(self.root, self.paths[start:stop], self.num_samples[start:stop], skipped)
+
+
+def list_sounds(paths: Sequence[Path]) -> Manifest:
+    """List sound files in the order given; their root is the deepest folder that holds them all.
+
+    Raises:
+        RepCodecError: one is unreadable, a folder, has a name that a line cannot hold, or the id of another one.
+    """
+    for path in paths:
+        if path.is_dir():
+            raise RepCodecError(f"{path} is a folder: give one folder alone, or sound files.")
+    files = [path.expanduser().resolve() for path in paths]
+    root = Path(os.path.commonpath([path.parent for path in files]))
+    names: dict[str, str] = {}
+    for path in files:
+        name = path.relative_to(root).as_posix()
+        check_lines(name)
+        if names.setdefault(utterance_id(name), name) != name or list(files).count(path) > 1:
+            raise RepCodecError(f"{path}: has the id of another one; ids are paths without endings, rename one.")
+    return Manifest(root, list(names.values()), [num_samples_at_16khz(path) for path in files])
+
+
+def make_manifest(folder: Path | str, skip_bad: bool = False) -> Manifest:
+    """List the sound files below a folder, reading many headers at a time.
+
+    Args:
+        folder: searched in any depth.
+        skip_bad: leave out unusable files and note them in `skipped`, instead of refusing the first.
+
+    Raises:
+        RepCodecError: the folder holds no usable file, or one is unreadable, empty, has a name that a manifest cannot
+            hold or the id of another one.
+    """
+    root = Path(folder).expanduser().resolve()
+    files = find_sound_files(root)
+    names = [path.relative_to(root).as_posix() for path in files]
+    listed: dict[str, int] = {}
+    skipped: dict[str, str] = {}
+    ids: dict[str, str] = {}
+
+    def samples(name: str) -> int | RepCodecError:
+        try:
+            check_lines(name)
+            return num_samples_at_16khz(root / name)
+        except RepCodecError as error:
+            return error
+
+    with ThreadPoolExecutor(4 * num_cores()) as pool:
+        # Some at a time: a pool takes all its work in at once, and does all of it even after a failure.
+        some = (pool.map(samples, names[first : first + 1000]) for first in range(0, len(names), 1000))
+        found_counts = chain.from_iterable(some)
+        counts = tqdm(found_counts, total=len(files), desc="Reading sound headers", unit="file")
+        for name, path, found in zip(names, files, counts, strict=True):
+            if not isinstance(found, RepCodecError) and (first := ids.setdefault(utterance_id(name), name)) != name:
+                found = RepCodecError(f"{path}: has the id of {first}; ids are paths without endings, rename one.")
+            if not isinstance(found, RepCodecError):
+                listed[name] = found
+            elif skip_bad:
+                skipped[name] = str(found)
+            else:
+                raise found
+    if not listed:
+        raise RepCodecError(f"{root} holds no usable sound file: all {len(files)} are unreadable.")
+    return Manifest(root, list(listed), list(listed.values()), skipped)
+
+
+def num_cores() -> int:
+    """Return how many cores this process may use: on a cluster, fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

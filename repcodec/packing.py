@@ -30,15 +30,17 @@ class Tokenizer(Protocol):
     """Contract: what turns features into codes and back; the codec and the k-means baseline are both.
 
     Attributes:
-        dim: D.
+        dim, output_dim: D, width of the features in and out.
         stride: frames a code.
         codebook_size, num_codebooks: V and K.
         reach: frames before and after a code's own that it depends on.
         decoder_reach: codes before and after that a code's frames depend on.
         about: what config.json says besides its shape: speech encoder, layer, frame rate …
+        device: where it runs.
     """
 
     dim: int
+    output_dim: int
     about: dict
 
     @property
@@ -60,6 +62,16 @@ class Tokenizer(Protocol):
     @property
     def decoder_reach(self) -> int:
         """Codes before and after that a code's frames depend on."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+
+    def encode(self, features: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Features (B, T, D), of which lengths (B,) are valid -> codes (B, K, N)."""
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes (B, K, N) -> features (B, N * stride, D)."""
 
     def encode_pieces(self, pieces: list[Tensor]) -> list[Tensor]:
         """Features (T, D) of each piece -> its codes (N, K), none seeing another."""

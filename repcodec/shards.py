@@ -43,6 +43,11 @@ def _numbered(folder: Path) -> Iterator[tuple[int, int, Path]]:
             yield int(match[1]), int(match[2]), path
 
 
+def found_at(model: str) -> str:
+    """Return where a model is from, wherever one stands: a folder's absolute path, a hub id as it is."""
+    return str(Path(model).resolve()) if Path(model).is_dir() else model
+
+
 def check_source(where: object, found: tuple, expected: tuple) -> None:
     """Refuse features of another (speech encoder, layer) than expected; None on either side is not compared.
 
@@ -103,6 +108,8 @@ class FeatureShards:
         root: the audio root, "" where the shards have no .json.
         frame_rate: frames per second, None where the shards have no .json.
         manifest_sha256: hash of the manifest they were made from, None where the shards have no .json.
+        about: what the first shard's .json says, empty where there is none.
+        dtype: what the features are stored as.
     """
 
     def __init__(self, folder: Path | str, dim: int | None = None):
@@ -139,6 +146,8 @@ class FeatureShards:
         self.root = first.about.get("root", "")
         self.frame_rate = first.about.get("frame_rate")
         self.manifest_sha256 = first.about.get("manifest_sha256")
+        self.about = first.about
+        self.dtype = first.rows.dtype
         self._source = first.about.get("encoder"), first.about.get("layer")
 
     def __len__(self) -> int:
@@ -147,6 +156,19 @@ class FeatureShards:
     def __reduce__(self) -> tuple:
         """Reopen the files in another process instead of copying their rows there."""
         return FeatureShards, (self.folder, self.dim)
+
+    @property
+    def stamp(self) -> list[list]:
+        """Name, bytes and time of each file of features: what tells them from features that replaced them."""
+        found = [(shard.path, shard.path.stat()) for shard in self._shards]
+        return [[path.name, stat.st_size, stat.st_mtime_ns] for path, stat in found]
+
+    @property
+    def about_features(self) -> dict[str, str]:
+        """What the .json says of the speech encoder's weights: "encoder_model", folder or hub id, "encoder_sha256"."""
+        known = {"encoder_model": self.about.get("model"), "encoder_sha256": self.about.get("weights_sha256")}
+        found = {key: value for key, value in known.items() if isinstance(value, str) and value}
+        return {key: found_at(value) if key == "encoder_model" else value for key, value in found.items()}
 
     def check_source(self, encoder: str | None, layer: int | None) -> None:
         """Refuse features of another speech encoder or layer; see `check_source`."""
@@ -186,6 +208,31 @@ class FeatureShards:
         row, length = self._row_of[utterance], self.lengths[utterance]
         stop = length if stop is None else min(stop, length)
         return self._shards[self._shard_of[utterance]].rows[row + start : row + stop]
+
+    def read(self, utterance: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Read an utterance's features (T, D), or its frames `start` to `stop`, as float32.
+
+        Unlike `features` this maps nothing: reading a whole split takes no more memory than its longest piece.
+
+        Raises:
+            RepCodecError: a value is not finite, or the file has changed since it was opened.
+        """
+        shard, row = self._shards[self._shard_of[utterance]], self._row_of[utterance]
+        stop = self.lengths[utterance] if stop is None else min(stop, self.lengths[utterance])
+        start = min(start, stop)
+        dtype, count = shard.rows.dtype, int(stop - start) * self.dim
+        if count == 0:
+            return np.empty((0, self.dim), dtype=np.float32)
+        offset = shard.rows.offset + int(row + start) * self.dim * dtype.itemsize
+        try:
+            values = np.fromfile(shard.path, dtype, count, offset=offset)
+        except OSError as error:
+            raise RepCodecError(f"{shard.path}: cannot be read ({error.strerror}).") from error
+        if len(values) < count:
+            raise RepCodecError(f"{shard.path}: the file was cut off while it was read; extract it again.")
+        frames = values.reshape(-1, self.dim).astype(np.float32, copy=False)
+        check_finite(frames, self.where(utterance), int(start))
+        return frames
 
     def gather(self, utterances: Sequence[int], starts: Sequence[int], num_frames: int) -> tuple:
         """Copy crops straight into one batch, zeros where an utterance ends before its crop.

@@ -1,105 +1,315 @@
-"""Shards -> tokens file."""
+"""Feature shards or sound -> tokens file."""
 
-from collections.abc import Iterator
+import hashlib
+import os
+import shutil
+from collections import deque
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from repcodec.checkpoint import read_config
-from repcodec.codec import RepCodec
+from repcodec.audio import SAMPLE_RATE
 from repcodec.errors import RepCodecError
-from repcodec.kmeans import KMeansTokenizer
-from repcodec.shards import FeatureShards, check_finite
-from repcodec.tokens import write_tokens
+from repcodec.extraction import run_batches
+from repcodec.files import InUse, locked
+from repcodec.manifest import SoundList, shard_range
+from repcodec.packing import Rows, Tokenizer, encode_packed
+from repcodec.pipeline import FRAME_RATE
+from repcodec.shards import FeatureShards
+from repcodec.speech_encoders import BATCH_SECONDS, SpeechEncoder, batches_of
+from repcodec.tokens import (
+    LineWriter,
+    Tokens,
+    about_path,
+    check_one_codebook,
+    format_line,
+    is_finished,
+    put_in_place,
+)
 
-Tokenizer = RepCodec | KMeansTokenizer
-"""What turns features into codes and back; evaluation and tokenizing know only the contract they share."""
+
+class FeatureSource:
+    """Contract: the features of utterances in order, read when they are asked for; here out of feature shards.
+
+    Attributes:
+        names: relative path of each utterance.
+        root: the audio root.
+        num_frames: T of each utterance.
+        about: what tells this source from another one, plain values.
+        skipped: reasons, of the utterances that were left out so far.
+    """
+
+    names: Sequence[str]
+    root: str
+    num_frames: Sequence[int]
+    about: dict
+    skipped: list[str]
+
+    def __init__(self, shards: FeatureShards, names: Sequence[str] | None = None, root: str | None = None):
+        """Take shards; and what names their utterances where they do not.
+
+        Raises:
+            RepCodecError: nothing names them.
+        """
+        if names is None and shards.names is None:
+            raise RepCodecError(
+                f"{shards.folder}: these shards do not name their utterances: give --manifest FILE.tsv."
+            )
+        self.names, self.root = names or shards.names or [], shards.root if root is None else root
+        self.num_frames, self.skipped, self._shards = shards.lengths.tolist(), [], shards
+        listing = "".join(f"{name}\t{length}\n" for name, length in zip(self.names, self.num_frames, strict=True))
+        self.about = {"utterances_sha256": hashlib.sha256(listing.encode()).hexdigest(), "files": shards.stamp}
+
+    def duration(self, utterance: int) -> float:
+        """Return the seconds that an utterance lasts."""
+        return self.num_frames[utterance] / (self._shards.frame_rate or FRAME_RATE)
+
+    def utterances(self, numbers: Sequence[int], bar: tqdm) -> Iterator[tuple[int, Rows]]:
+        """Yield number and features of each utterance asked for; `bar` moves by the frames that are read."""
+        for number in numbers:
+            yield number, _ShardRows(self._shards, number, bar)
 
 
-def load_tokenizer(folder: Path | str, shards: FeatureShards) -> Tokenizer:
-    """Load a saved codec or k-means model, whichever the folder's config.json says.
+class _ShardRows:
+    """The frames of one utterance, read from its shard when they are asked for."""
 
-    Args:
-        folder: where it is saved.
-        shards: what it shall tokenize.
+    def __init__(self, shards: FeatureShards, utterance: int, bar: tqdm):
+        self._shards, self._utterance, self._bar, self._seen = shards, utterance, bar, 0
+
+    def __len__(self) -> int:
+        return int(self._shards.lengths[self._utterance])
+
+    def __getitem__(self, part: slice) -> Tensor:
+        frames = torch.from_numpy(self._shards.read(self._utterance, part.start or 0, part.stop))
+        end = (part.start or 0) + len(frames)
+        self._bar.update(max(0, end - self._seen))  # windows overlap
+        self._seen = max(self._seen, end)
+        return frames
+
+
+class SoundSource(FeatureSource):
+    """Features computed from sound on the way; see `FeatureSource`."""
+
+    def __init__(
+        self, sounds: SoundList, encoder: SpeechEncoder, batch_seconds: float = BATCH_SECONDS, skip_bad: bool = False
+    ):
+        """Take the sounds, and the speech encoder on its device.
+
+        Args:
+            batch_seconds: seconds of sound the encoder runs at once.
+            skip_bad: leave out sounds that cannot be used and note why in `skipped`, instead of stopping at the first.
+        """
+        self.names, self.root, self.skipped = sounds.paths, str(sounds.root), []
+        self.num_frames = [encoder.num_frames(samples) for samples in sounds.num_samples]
+        self.about = {"utterances_sha256": sounds.sha256(), "encoder_sha256": encoder.weights_sha256}
+        self._sounds, self._encoder, self._options = sounds, encoder, (batch_seconds, skip_bad)
+
+    def duration(self, utterance: int) -> float:
+        """Return the seconds that an utterance lasts."""
+        return self._sounds.num_samples[utterance] / SAMPLE_RATE
+
+    def utterances(self, numbers: Sequence[int], bar: tqdm) -> Iterator[tuple[int, Rows]]:
+        """Yield number and features of each utterance asked for, but for those that were left out."""
+        batch_seconds, skip_bad = self._options
+        batches = batches_of([self._sounds.num_samples[number] for number in numbers], batch_seconds)
+        batches = [[numbers[i] for i in batch] for batch in batches]
+        results = run_batches(self._sounds, batches, self._encoder, batch_seconds, skip_bad)
+        for batch, found in zip(batches, results, strict=True):
+            for number, features in zip(batch, found, strict=True):
+                if isinstance(features, RepCodecError):
+                    self.skipped.append(str(features))
+                else:
+                    bar.update(len(features))
+                    yield number, torch.from_numpy(features)
+
+
+def check_fits(tokenizer: Tokenizer, name: Path | str, shards: FeatureShards) -> None:
+    """Refuse features that a tokenizer was not trained on.
 
     Raises:
-        RepCodecError: the folder holds neither, or one trained on features of another width, encoder or layer.
+        RepCodecError: they are of another width, encoder or layer.
     """
-    kinds: dict[str, type[Tokenizer]] = {"repcodec": RepCodec, "kmeans": KMeansTokenizer}
-    config = read_config(folder)
-    if config["kind"] not in kinds:
-        raise RepCodecError(f'{folder}/config.json: "kind" is {config["kind"]!r}, expected {" or ".join(kinds)}.')
-    tokenizer = kinds[config["kind"]].from_pretrained(folder)
     if tokenizer.dim != shards.dim:
         raise RepCodecError(
-            f"{shards.folder}: the features have width {shards.dim}, but {folder} takes {tokenizer.dim}; "
+            f"{shards.folder}: the features have width {shards.dim}, but {name} takes {tokenizer.dim}; "
             "extract them with the speech encoder it was trained on."
         )
-    shards.check_source(config.get("encoder"), config.get("layer"))
-    return tokenizer
-
-
-def usable_device(name: str) -> torch.device:
-    """Return a torch device.
-
-    Raises:
-        RepCodecError: there is no such device here.
-    """
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise RepCodecError(f"device {name}: not usable here ({str(error).splitlines()[0]}); cpu always is.") from error
+    shards.check_source(tokenizer.about.get("encoder"), tokenizer.about.get("layer"))
 
 
 def label(tokenizer: Tokenizer) -> str:
     """Return what tables call a tokenizer: its kind and its codebooks' size, as in "RepCodec 2 x 1024"."""
-    kind = "RepCodec" if isinstance(tokenizer, RepCodec) else "k-means"
+    kind = "k-means" if hasattr(tokenizer, "centroids") else "RepCodec"
     several = f"{tokenizer.num_codebooks} x " if tokenizer.num_codebooks > 1 else ""
     return f"{kind} {several}{tokenizer.codebook_size}"
 
 
 @torch.inference_mode()
 def encode_shards(tokenizer: Tokenizer, shards: FeatureShards, description: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the features (T, D) and codes (K, T / stride) of every utterance in order; one without a frame has none.
+    """Yield the features (T, D) and codes (K, N) of every utterance in order; one without a frame has none.
 
     Raises:
         RepCodecError: a value is not finite.
     """
-    device = next(tokenizer.buffers()).device
+    waiting: deque[Tensor] = deque()
+
+    def rows() -> Iterator[Tensor]:
+        for utterance in range(len(shards)):
+            waiting.append(torch.from_numpy(shards.read(utterance)))
+            yield waiting[-1].to(tokenizer.device)
+
     with tqdm(total=int(shards.lengths.sum()), desc=description, unit="frame", unit_scale=True) as bar:
-        for utterance, length in enumerate(shards.lengths):
-            if length == 0:
-                yield torch.empty(0, tokenizer.dim), torch.empty(tokenizer.num_codebooks, 0, dtype=torch.int64)
-                continue
-            values = np.array(shards.features(utterance), dtype=np.float32)
-            check_finite(values, shards.where(utterance))
-            features = torch.from_numpy(values)
-            yield features, tokenizer.encode(features[None].to(device))[0].cpu()
-            bar.update(int(length))
+        for codes in encode_packed(tokenizer, rows()):
+            features = waiting.popleft()
+            bar.update(len(features))
+            yield features, codes.T.cpu()
 
 
-def tokenize(tokenizer: Tokenizer, shards: FeatureShards, path: Path | str, names: list[str], root: str) -> None:
-    """Write the tokens of a split, in the published format.
+def write_tokens(
+    tokenizer: Tokenizer,
+    source: FeatureSource,
+    about: dict,
+    path: Path | str,
+    kind: str = "tokens",
+    deduplicate: bool = False,
+    shard: tuple[int, int] | None = None,
+) -> bool:
+    """Write the tokens file of a source; one of the same description is left as it is.
+
+    After a kill the same call goes on where the last one stopped.
 
     Args:
-        tokenizer: of one codebook.
-        shards: the features.
+        tokenizer: on its device, in evaluation mode.
+        source: of the features.
+        about: what made the codes, for the description beside the file; see `describe`.
         path: the tokens file.
-        names: relative path of each utterance.
-        root: the audio root, the file's first line.
+        kind: one of `repcodec.tokens.FORMATS`.
+        deduplicate: write runs of equal codes as one.
+        shard: (I, N): only the I-th of N parts of the utterances, into `path.I_N`; whoever finishes the last part
+            joins them, in order, to `path`.
+
+    Returns:
+        Whether `path` itself is there now.
 
     Raises:
-        RepCodecError: several codebooks, names that do not fit, bad features, or an unwritable file.
+        RepCodecError: several codebooks in the published format, bad features, or an unwritable file.
     """
-    if tokenizer.num_codebooks > 1:
-        raise RepCodecError(
-            f"the codec has {tokenizer.num_codebooks} codebooks, but a tokens file holds one; use a codec of one."
-        )
-    if len(names) != len(shards):
-        raise RepCodecError(f"{shards.folder}: {len(shards)} utterances, but {len(names)} names in the manifest.")
-    codes = (codes[0].numpy() for _, codes in encode_shards(tokenizer, shards, "Tokenizing"))
-    write_tokens(path, root, zip(names, codes, strict=True))
+    if kind == "tokens":
+        check_one_codebook(tokenizer.num_codebooks)
+    path = Path(path)
+    about = {**about, **source.about, "format": kind, "deduplicated": deduplicate, "root": source.root}
+    if is_finished(path, about):
+        return True
+    part = path if shard is None else _part(path, *shard)
+    start, stop = (0, len(source.names)) if shard is None else shard_range(len(source.names), *shard)
+    described = about if shard is None else {**about, "shard": list(shard)}
+    if not is_finished(part, described):
+        with LineWriter(part, described, source.root if kind == "tokens" else None) as writer:
+            numbers = _remaining(source.names, range(start, stop), writer.done)
+            for line in encode_lines(tokenizer, source, numbers, range(start, stop), kind, deduplicate):
+                writer.write(line)
+    return shard is None or _join(path, about, shard[1])
+
+
+def _remaining(names: Sequence[str], numbers: range, done: list[str]) -> range:
+    """Return the utterances after the last one done; some before it may have been left out."""
+    if not done:
+        return numbers
+    for number in reversed(numbers):
+        if names[number] == done[-1]:
+            return range(number + 1, numbers.stop)
+    return numbers
+
+
+@torch.inference_mode()
+def encode_lines(
+    tokenizer: Tokenizer,
+    source: FeatureSource,
+    numbers: range,
+    whole: range,
+    kind: str = "tokens",
+    deduplicate: bool = False,
+) -> Iterator[str]:
+    """Yield the lines of the utterances `numbers` out of `whole`, with a progress bar over these.
+
+    Raises:
+        RepCodecError: bad features or sound.
+    """
+    device = tokenizer.device
+    waiting: deque[int] = deque()
+    initial = sum(source.num_frames[whole.start : numbers.start])
+    total = sum(source.num_frames[whole.start : whole.stop])
+    with tqdm(total=total, initial=initial, desc="Tokenizing", unit="frame", unit_scale=True) as bar:
+
+        def utterances() -> Iterator[Rows]:
+            for number, rows in source.utterances(numbers, bar):
+                waiting.append(number)
+                yield rows if device.type == "cpu" else _OnDevice(rows, device)
+
+        for codes in encode_packed(tokenizer, utterances()):
+            number = waiting.popleft()
+            found = Tokens(
+                source.names[number], codes.T.cpu().numpy(), source.num_frames[number], source.duration(number)
+            )
+            yield format_line(found, kind, deduplicate)
+
+
+class _OnDevice:
+    """Rows that are moved to a device when they are read."""
+
+    def __init__(self, rows: Rows, device: torch.device):
+        self._rows, self._device = rows, device
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, part: slice) -> Tensor:
+        return self._rows[part].to(self._device)
+
+
+def describe(tokenizer: Tokenizer, weights_sha256: str | None) -> dict:
+    """Return what a tokens file's description says of the tokenizer: plain values."""
+    return {
+        "tokenizer": label(tokenizer),
+        "tokenizer_sha256": weights_sha256,
+        "encoder": tokenizer.about.get("encoder"),
+        "layer": tokenizer.about.get("layer"),
+        "codebook_size": tokenizer.codebook_size,
+        "num_codebooks": tokenizer.num_codebooks,
+        "codes_per_second": tokenizer.about.get("frame_rate", FRAME_RATE) / tokenizer.stride,
+    }
+
+
+def _part(path: Path, rank: int, num_shards: int) -> Path:
+    """Return where part `rank` of a tokens file grows until all are joined."""
+    return path.with_name(f"{path.name}.{rank}_{num_shards}")
+
+
+def _join(path: Path, about: dict, num_shards: int) -> bool:
+    """Join the parts of a tokens file in order and remove them, if all are there; say whether the file is there now."""
+    parts = [_part(path, rank, num_shards) for rank in range(num_shards)]
+    if not all(is_finished(part, {**about, "shard": [rank, num_shards]}) for rank, part in enumerate(parts)):
+        return is_finished(path, about)
+    try:
+        with locked(path):
+            partial = path.with_name(f".{path.name}.joined")
+            with open(partial, "wb") as file:
+                for rank, part in enumerate(parts):
+                    with open(part, "rb") as lines:
+                        if rank and about["format"] == "tokens":
+                            lines.readline()  # the root stands in the first part's
+                        shutil.copyfileobj(lines, file)
+                file.flush()
+                os.fsync(file.fileno())
+            put_in_place(partial, path, about)
+    except FileNotFoundError:  # another process, which finished its part at the same moment, was faster
+        return is_finished(path, about)
+    except InUse:  # … or is at it now
+        return False
+    for part in parts:
+        about_path(part).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
+    return True

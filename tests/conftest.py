@@ -22,6 +22,10 @@ DIM = 8
 FAST_CODEC = ["encoder.dim=8", "quantizer.codebook_size=16"]
 
 
+def pytest_addoption(parser):
+    parser.addoption("--published", metavar="FOLDER", help="folder of published checkpoints, NAME.pkl")
+
+
 def write_split(
     folder: Path, lengths: list[int], dim: int = DIM, seed: int = 0, num_shards: int = 1, **more
 ) -> list[np.ndarray]:
@@ -57,6 +61,9 @@ def codec() -> RepCodec:
         for name, parameter in codec.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(0, 2)
+        # Codes where the vectors of features like those of `write_split` lie, so that all are in use.
+        walk = torch.randn(160, DIM).double().cumsum(0) / 3
+        codec.quantizer.codebooks[0].place(codec.vectors(walk[None])[::10], torch.ones(16))
     return codec
 
 
@@ -64,7 +71,7 @@ def codec() -> RepCodec:
 def refused(*fragments):
     """Expect a RepCodecError whose sentence holds all fragments."""
     with pytest.raises(RepCodecError) as caught:
-        yield
+        yield caught
     message = str(caught.value)
     for fragment in fragments:
         assert str(fragment) in message

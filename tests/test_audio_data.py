@@ -95,7 +95,7 @@ def test_a_sample_takes_whole_utterances_evenly(from_sound):
     train = from_sound().train
     half = train.sample(int(train.lengths.sum()) // 2)
     assert 0 < len(half) < train.lengths.sum()
-    assert np.array_equal(half[: train.lengths[0]], train.features(0))
+    assert np.array_equal(half[: train.lengths[0]], train.read(0))
 
 
 def test_a_sample_of_long_recordings_takes_a_stretch_of_each(tmp_path, speech, whisper_folder):

@@ -1,6 +1,9 @@
+import os
+
 import lightning as L
 import pytest
 import torch
+from conftest import write_split
 
 from repcodec.callbacks import CodecStart, SaveCodec, ValidateEnds
 from repcodec.codec import RepCodec
@@ -84,8 +87,59 @@ def test_saved_codec_is_that_of_the_best_validation(splits, tmp_path):
     from repcodec.checkpoint import read_config
 
     config = read_config(tmp_path / "codec")
-    assert config["valid_normalized_error"] == pytest.approx(best)
+    assert config["figures"]["normalized_error"] == pytest.approx(best)
     assert config["step"] == next(step for step, error in watch.validated if error == best)
     other = SaveCodec(str(tmp_path), "hubert_base", 9, 50)
     other.load_state_dict(saver.state_dict())
     assert other.best == best
+
+
+def saved_config(splits, tmp_path, *callbacks):
+    from repcodec.checkpoint import read_config
+
+    fit(splits, *callbacks, SaveCodec(str(tmp_path / "codec"), "hubert_base", 9, 50), steps=2)
+    return read_config(tmp_path / "codec")
+
+
+def test_saved_codec_says_what_its_features_are_and_what_was_measured(tmp_path):
+    (tmp_path / "weights").mkdir()
+    for split, seed in (("train", 1), ("valid", 2)):
+        about = {"encoder": "hubert_base", "layer": 9, "weights_sha256": "ab" * 32}
+        about |= {"model": os.path.relpath(tmp_path / "weights"), "root": "/home/me/LibriSpeech"}
+        write_split(tmp_path / "known" / split, [40, 17, 25], seed=seed, **about)
+    config = saved_config(tmp_path / "known", tmp_path, CodecStart())
+    expected = {"encoder": "hubert_base", "layer": 9, "frame_rate": 50, "waveform_norm": False, "feature_norm": True}
+    expected |= {"encoder_model": str((tmp_path / "weights").resolve()), "encoder_sha256": "ab" * 32, "step": 2}
+    expected |= {"measured_on": "validation split, 3 utterances, 0.0 minutes, of LibriSpeech"}
+    assert expected.items() <= config.items()
+    assert set(config["figures"]) == {"normalized_error", "perplexity", "used_share", "entropy_bits"}
+    card = (tmp_path / "codec" / "README.md").read_text()
+    assert f"| {config['figures']['perplexity']:.4g} |" in card
+    assert "of LibriSpeech" in card
+    assert str(tmp_path) not in card
+    assert "/home/me" not in card
+
+
+def test_shards_that_say_nothing_leave_the_encoders_weights_out(splits, tmp_path):
+    for path in splits.glob("*/*.json"):
+        path.unlink()
+    config = saved_config(splits, tmp_path)
+    assert not {"encoder_model", "encoder_sha256"} & config.keys()
+    assert config["waveform_norm"] is False
+    assert config["feature_norm"] is False
+    assert config["measured_on"] == "validation split, 3 utterances, 0.0 minutes"
+
+
+def test_features_straight_from_sound_know_their_encoder(tmp_path):
+    from dataclasses import asdict
+    from types import SimpleNamespace
+
+    from repcodec.audio_data import AudioDataModule
+    from repcodec.speech_encoders import encoder_table
+
+    for model, expected in (("a/b", "a/b"), (os.path.relpath(tmp_path), str(tmp_path.resolve()))):
+        row = asdict(encoder_table()["whisper_tiny_en"]) | {"model": model}
+        data = AudioDataModule(train="t.tsv", valid="v.tsv", test=None, encoder=row, layer=3)
+        data.speech_encoder = SimpleNamespace(weights_sha256="cd" * 32)
+        known = {"waveform_norm": None, "encoder_model": expected, "encoder_sha256": "cd" * 32}
+        assert data.about_features == known

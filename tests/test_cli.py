@@ -12,8 +12,7 @@ from test_audio import noise, sine, write_m4a
 from repcodec.audio import read_audio
 from repcodec.cli import main
 from repcodec.codec import RepCodec
-from repcodec.extraction import make_manifest
-from repcodec.manifest import Manifest
+from repcodec.manifest import Manifest, make_manifest
 from repcodec.shards import FeatureShards
 from repcodec.tokens import read_tokens
 

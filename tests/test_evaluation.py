@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -115,3 +117,22 @@ def test_fitted_kmeans_is_saved_and_taken_again_for_the_same_features_only(split
     assert (tmp_path / "k" / "model.safetensors").stat().st_mtime_ns == written
     other = fit_kmeans(module(splits, seed=3), 5, tmp_path / "k")
     assert not torch.equal(other.centroids, first.centroids)
+
+
+def test_fitted_kmeans_says_what_features_it_is_of(splits, tmp_path):
+    for path in splits.glob("train/*.json"):
+        about = json.loads(path.read_text()) | {"model": "facebook/x", "weights_sha256": "ab" * 32}
+        path.write_text(json.dumps(about))
+    about = fit_kmeans(module(splits), 5, tmp_path / "k").about
+    expected = {"encoder": "hubert_base", "layer": 9, "frame_rate": 50, "waveform_norm": False}
+    expected |= {"encoder_model": "facebook/x", "encoder_sha256": "ab" * 32}
+    assert expected.items() <= about.items()
+    assert about == KMeansTokenizer.from_pretrained(tmp_path / "k").about
+    written = (tmp_path / "k" / "model.safetensors").stat().st_mtime_ns
+    for path in splits.glob("train/*.json"):  # the same encoder elsewhere is the same
+        path.write_text(path.read_text().replace("facebook/x", "/else/where"))
+    fit_kmeans(module(splits), 5, tmp_path / "k")
+    assert (tmp_path / "k" / "model.safetensors").stat().st_mtime_ns == written
+    for path in splits.glob("train/*.json"):  # other weights are not
+        path.write_text(path.read_text().replace("ab" * 32, "cd" * 32))
+    assert fit_kmeans(module(splits), 5, tmp_path / "k").about["encoder_sha256"] == "cd" * 32

@@ -14,8 +14,8 @@ import soundfile
 import torch
 from conftest import refused
 
-from repcodec.extraction import extract, feature_folder, make_manifest
-from repcodec.manifest import Manifest
+from repcodec.extraction import extract, feature_folder
+from repcodec.manifest import Manifest, make_manifest
 from repcodec.shards import FeatureShards, shard_path
 from repcodec.speech_encoders import EncoderSpec, SpeechEncoder, batches_of, encoder_table, load_speech_encoder
 

@@ -23,7 +23,14 @@ def test_encode_is_the_nearest_centroid_and_decode_its_vector():
 def test_saved_tokenizer_is_the_same(tmp_path):
     tokenizer = KMeansTokenizer(torch.randn(9, 4))
     tokenizer.save_pretrained(tmp_path, {"seed": 3})
-    assert torch.equal(KMeansTokenizer.from_pretrained(tmp_path).centroids, tokenizer.centroids)
+    loaded = KMeansTokenizer.from_pretrained(tmp_path)
+    assert torch.equal(loaded.centroids, tokenizer.centroids)
+    assert loaded.config() == {**tokenizer.config(), "seed": 3}
+    features = torch.randn(1, 20, 4)
+    assert torch.equal(loaded.encode(features), tokenizer.encode(features))
+    loaded.save_pretrained(tmp_path / "again")
+    for name in ("config.json", "model.safetensors", "README.md"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / name).read_bytes()
 
 
 def test_fit_has_converged():

@@ -1,71 +1,179 @@
+import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from conftest import refused
 
 from repcodec.errors import RepCodecError
-from repcodec.tokens import read_tokens, write_tokens
+from repcodec.tokens import (
+    LineWriter,
+    Tokens,
+    about_path,
+    format_line,
+    is_finished,
+    read_about,
+    read_root,
+    read_tokens,
+    run_lengths,
+)
+
+TWO = np.array([[3, 3, 3, 1023, 0], [5, 5, 6, 6, 6]])
+
+
+def write(path, utterances, kind="tokens", deduplicate=False, root="/audio"):
+    """Write a whole tokens file of (name, (K, N) codes)."""
+    with LineWriter(path, {"made": "here"}, root if kind == "tokens" else None) as writer:
+        for name, codes in utterances:
+            writer.write(format_line(Tokens(name, np.atleast_2d(codes), 9, 0.18), kind, deduplicate))
+    return path
+
+
+def read(path):
+    return [(tokens.name, tokens.codes.tolist()) for tokens in read_tokens(path)]
 
 
 def test_the_published_format_is_written_byte_for_byte(tmp_path):
     utterances = [("b/é.flac", np.array([3, 1023, 0])), ("a.wav", np.array([7], dtype=np.int32))]
-    write_tokens(tmp_path / "x" / "test.tokens", "/audio", utterances)
+    path = write(tmp_path / "x" / "test.tokens", utterances)
 
-    assert (tmp_path / "x" / "test.tokens").read_bytes() == b"/audio\nb/\xc3\xa9.flac\t3 1023 0\na.wav\t7\n"
+    assert path.read_bytes() == b"/audio\nb/\xc3\xa9.flac\t3 1023 0\na.wav\t7\n"
+    assert read_root(path) == "/audio"
 
 
-def test_reading_gives_what_was_written_in_order(tmp_path):
+def test_json_lines_hold_all_codebooks_ids_and_durations(tmp_path):
+    path = write(tmp_path / "a.jsonl", [("b/é.flac", TWO)], "jsonl")
+
+    line = {"id": "b/é", "path": "b/é.flac", "duration": 0.18, "frames": 9, "codes": TWO.tolist()}
+    assert path.read_text() == json.dumps(line, ensure_ascii=False) + "\n"
+    (tokens,) = read_tokens(path)
+    assert (tokens.num_frames, tokens.duration) == (9, 0.18)
+
+
+@pytest.mark.parametrize("kind", ["tokens", "jsonl"])
+@pytest.mark.parametrize("deduplicate", [False, True])
+def test_reading_gives_what_was_written_in_order(tmp_path, kind, deduplicate):
     rng = np.random.default_rng(0)
-    written = [(f"{i * 7 % 10}.wav", rng.integers(1024, size=i)) for i in range(10)]
-    write_tokens(tmp_path / "a", tmp_path, iter(written))
+    num_codebooks = 1 if kind == "tokens" else 3
+    written = [(f"{i * 7 % 10}.wav", rng.integers(2, size=(num_codebooks, i))) for i in range(10)]
+    path = write(tmp_path / "a", written, kind, deduplicate)
 
-    read = list(read_tokens(str(tmp_path / "a")))
+    found = list(read_tokens(str(path)))
 
-    assert [name for name, _ in read] == [name for name, _ in written]
-    for (_, codes), (_, expected) in zip(read, written, strict=True):
-        assert codes.dtype == np.int64 and codes.ndim == 1
-        np.testing.assert_array_equal(codes, expected)
-
-
-def test_utterances_are_consumed_one_by_one(tmp_path):
-    alive = []
-
-    def utterances():
-        for i in range(3):
-            alive.append(i)
-            yield f"{i}.wav", np.array([i])
-            assert alive.pop() == i  # the next is asked for only when this one is done
-
-    write_tokens(tmp_path / "a", "/audio", utterances())
-
-    assert len((tmp_path / "a").read_text().splitlines()) == 4
+    assert [tokens.name for tokens in found] == [name for name, _ in written]
+    for tokens, (_, expected) in zip(found, written, strict=True):
+        assert tokens.codes.dtype == np.int64
+        np.testing.assert_array_equal(tokens.codes, expected)
 
 
-def test_a_failure_half_way_leaves_nothing(tmp_path):
-    def utterances():
-        yield "a.wav", np.array([1])
+def test_runs_end_where_any_codebook_changes():
+    codes, lengths = run_lengths(TWO)
+    assert codes.tolist() == [[3, 3, 1023, 0], [5, 6, 6, 6]]
+    assert lengths.tolist() == [2, 1, 1, 1]
+    assert [part.shape for part in run_lengths(np.empty((1, 0), np.int64))] == [(1, 0), (0,)]
+
+
+def test_deduplicated_lines_are_run_length_pairs():
+    tokens = Tokens("a.wav", TWO[:1], 5, 0.1)
+    assert format_line(tokens, "tokens", deduplicate=True) == "a.wav\t3:3 1023:1 0:1\n"
+    line = json.loads(format_line(tokens, "jsonl", deduplicate=True))
+    assert line["codes"] == [[3, 1023, 0]] and line["repeats"] == [3, 1, 1]
+
+
+def test_several_codebooks_are_refused_in_the_published_format():
+    with refused("2 codebooks", ".jsonl"):
+        format_line(Tokens("a.wav", TWO), "tokens")
+
+
+# Resuming
+
+
+def test_a_failure_leaves_whole_lines_for_the_next_run_and_no_file(tmp_path):
+    path = tmp_path / "a.tokens"
+    with refused("bad features"), LineWriter(path, {"x": 1}, "/audio") as writer:
+        writer.write("a.wav\t1 2\n")
         raise RepCodecError("bad features")
+    assert not path.exists() and not about_path(path).exists()
 
-    with refused("bad features"):
-        write_tokens(tmp_path / "a", "/audio", utterances())
+    with LineWriter(path, {"x": 1}, "/audio") as writer:
+        assert writer.done == ["a.wav"]
+        writer.write("b.wav\t3\n")
 
+    assert path.read_text() == "/audio\na.wav\t1 2\nb.wav\t3\n"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.tokens", "a.tokens.json"]
+    assert is_finished(path, {"x": 1}) and not is_finished(path, {"x": 2})
+
+
+@pytest.mark.parametrize("torn", [b"b.wav\t1 2", b"b.wav\t", b"b.", b"\0\0\0\n", b"\xff\n", b"b.wav\t1 x\n"])
+def test_a_torn_last_line_is_written_again(tmp_path, torn):
+    path = tmp_path / "a.tokens"
+    with refused(), LineWriter(path, {"x": 1}, "/audio") as writer:
+        writer.write("a.wav\t1 2\n")
+        raise RepCodecError("killed")
+    with open(tmp_path / ".a.tokens.partial", "ab") as file:
+        file.write(torn)
+
+    with LineWriter(path, {"x": 1}, "/audio") as writer:
+        assert writer.done == ["a.wav"]
+        writer.write("b.wav\t3\n")
+
+    assert path.read_text() == "/audio\na.wav\t1 2\nb.wav\t3\n"
+
+
+def test_an_unfinished_file_of_something_else_is_begun_anew(tmp_path):
+    path = tmp_path / "a.tokens"
+    with refused(), LineWriter(path, {"codec": "old"}, "/audio") as writer:
+        writer.write("a.wav\t1 2\n")
+        raise RepCodecError("killed")
+
+    with LineWriter(path, {"codec": "new"}, "/audio") as writer:
+        assert writer.done == []
+        writer.write("a.wav\t7\n")
+
+    assert path.read_text() == "/audio\na.wav\t7\n"
+
+
+def test_a_run_that_fails_before_its_first_line_leaves_nothing(tmp_path):
+    with refused("bad features"), LineWriter(tmp_path / "a", {}, "/audio"):
+        raise RepCodecError("bad features")
     assert not list(tmp_path.iterdir())
+
+
+def test_two_processes_do_not_write_the_same_file(tmp_path):
+    with LineWriter(tmp_path / "a", {}, "/audio") as writer:
+        writer.write("a.wav\t1\n")
+        code = (
+            f"from repcodec.tokens import LineWriter\nLineWriter({str(tmp_path / 'a')!r}, {{}}, '/audio').__enter__()"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert f"process {os.getpid()} is making it" in done.stderr
+    assert (tmp_path / "a").read_text() == "/audio\na.wav\t1\n"
 
 
 def test_an_unwritable_folder_is_refused(tmp_path):
     (tmp_path / "file").touch()
 
     with refused(tmp_path / "file" / "a", "could not be written"):
-        write_tokens(tmp_path / "file" / "a", "/audio", [("a.wav", np.array([1]))])
+        write(tmp_path / "file" / "a", [("a.wav", np.array([1]))])
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing_that_looks_finished(tiny_disk):
+    codes = np.full(100_000, 1023)
+    with refused(tiny_disk / "a", "could not be written", "space"):
+        write(tiny_disk / "a", [("a.wav", codes)])
+    assert not (tiny_disk / "a").exists()
+
+
+# Bad input
 
 
 @pytest.mark.parametrize("name", ["a\tb.wav", "a\nb.wav", "a\rb.wav", os.fsdecode(b"caf\xe9.wav")])
-def test_a_path_the_format_cannot_hold_is_refused(tmp_path, name):
+@pytest.mark.parametrize("kind", ["tokens", "jsonl"])
+def test_a_path_that_a_line_cannot_hold_is_refused(name, kind):
     with refused(repr(name)):
-        write_tokens(tmp_path / "a", "/audio", [(name, np.array([1]))])
-
-    assert not list(tmp_path.iterdir())
+        format_line(Tokens(name, np.array([[1]])), kind)
 
 
 @pytest.mark.parametrize("last", ["b.wav\t1 2", "b.wav\t", "b.wav", "b"])
@@ -92,11 +200,62 @@ def test_a_line_that_is_not_path_tab_codes_is_refused(tmp_path, line):
         list(read_tokens(tmp_path / "a"))
 
 
-@pytest.mark.parametrize("codes", ["1 x 3", "1.5", "1 nan", "1,2", "1\t2 x", str(2**64)])
+@pytest.mark.parametrize("codes", ["1 x 3", "1.5", "1 nan", "1,2", "1\t2 x", str(2**64), "1:2 3", "1:2:3", "x:1"])
 def test_a_code_that_is_not_a_whole_number_is_refused(tmp_path, codes):
     (tmp_path / "a").write_text(f"/audio\na.wav\t1 2 3\nb.wav\t{codes}\n")
 
     with refused(tmp_path / "a", "line 3", "not a whole number"):
+        list(read_tokens(tmp_path / "a"))
+
+
+@pytest.mark.parametrize("codes", ["1 -3", "-1:2"])
+def test_a_negative_code_is_refused(tmp_path, codes):
+    (tmp_path / "a").write_text(f"/audio\nb.wav\t{codes}\n")
+
+    with refused(tmp_path / "a", "line 2", "negative"):
+        list(read_tokens(tmp_path / "a"))
+
+
+@pytest.mark.parametrize("codes", ["1:0", "1:-2", "1:99999999999", "1:60000000 2:60000000"])
+def test_a_run_of_no_or_endless_length_is_refused(tmp_path, codes):
+    (tmp_path / "a").write_text(f"/audio\nb.wav\t{codes}\n")
+
+    with refused(tmp_path / "a", "line 2", "run's length"):
+        list(read_tokens(tmp_path / "a"))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[1]",
+        "{",
+        '{"id": "a"}',
+        '{"codes": [[1]]}',
+        '{"id": 3, "codes": [[1]]}',
+        '{"id": "a", "codes": []}',
+        '{"id": "a", "codes": [1, 2]}',
+        '{"id": "a", "codes": [[1, 2], [3]]}',
+        '{"id": "a", "codes": [[1.5]]}',
+        '{"id": "a", "codes": [[true]]}',
+        '{"id": "a", "codes": [["1"]]}',
+        '{"id": "a", "codes": [[1]], "repeats": [1, 2]}',
+        '{"id": "a", "codes": [[1]], "repeats": "11"}',
+        '{"id": "a", "codes": [[1]], "frames": "many"}',
+        '{"id": "a", "codes": [[99999999999999999999]]}',
+        '{"id": "a", "codes": ' + "[" * 100_000,
+    ],
+)
+def test_a_json_line_that_is_no_utterance_is_refused(tmp_path, line):
+    (tmp_path / "a").write_text('{"id": "z", "codes": [[1]]}\n' + line + "\n")
+
+    with refused(tmp_path / "a", "line 2", 'expected a JSON object with "id" and "codes"'):
+        list(read_tokens(tmp_path / "a"))
+
+
+def test_a_cut_off_json_line_is_refused(tmp_path):
+    (tmp_path / "a").write_text('{"id": "z", "codes": [[1]]}\n{"id": "y", "codes": [[1]]}')
+
+    with refused(tmp_path / "a", "line 2", "cut off"):
         list(read_tokens(tmp_path / "a"))
 
 
@@ -107,3 +266,10 @@ def test_a_missing_file_and_one_that_is_not_utf8_are_refused(tmp_path, content):
 
     with refused(tmp_path / "a", "not a readable tokens file"):
         list(read_tokens(tmp_path / "a"))
+
+
+def test_an_unreadable_description_is_refused(tmp_path):
+    about_path(tmp_path / "a").write_text("{")
+    with refused(about_path(tmp_path / "a"), "not a readable description"):
+        read_about(tmp_path / "a")
+    assert read_about(tmp_path / "b") == {}

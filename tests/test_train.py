@@ -64,7 +64,7 @@ def test_run_folder_holds_config_checkpoints_logs_and_codec(splits, tmp_path):
     assert {path.name for path in (folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
     config = json.loads((folder / "codec" / "config.json").read_text())
     assert (config["encoder"], config["layer"], config["frame_rate"]) == ("hubert_base", 9, 50)
-    assert config["valid_normalized_error"] == pytest.approx(best)
+    assert config["figures"]["normalized_error"] == pytest.approx(best)
     rows = metrics(folder)
     validations = [row for row in rows if row["valid/normalized_error"]]
     assert [int(row["step"]) for row in validations] == [0, 2, 5]
