@@ -288,7 +288,7 @@ class RepCodec(nn.Module):
         shape, stride = self.architecture, self.stride
         counts = [shape.num_codes(len(piece)) for piece in pieces]
         row, valid, starts = packed(pieces, shape.gap * stride, stride)
-        row = self.normalize(row).masked_fill_(~valid[..., None], 0)
+        row.sub_(self.feature_mean).div_(self.feature_scale)[~valid] = 0  # `normalize`, without a copy
         if shape.pad_to_stride:  # the zeros that fill a code's frames up are frames too
             for start, count in zip(starts, counts, strict=True):
                 valid[0, start : start + count * stride] = True

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from repcodec.conv import TILE
 
-PACK = 4096
-"""Frames run at once, about."""
+PACK = 6144
+"""Frames that are run at once, at most; a longer utterance is cut into windows of so many."""
 
 
 class Rows(Protocol):

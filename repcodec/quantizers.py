@@ -80,7 +80,7 @@ def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
     # |z - e|^2 less |z|^2, which is the same for every code.
     half_norms = codebook.square().sum(1) / 2
     with torch.autocast(z.device.type, enabled=False):
-        blocks = [torch.addmm(half_norms, block, codebook.T, alpha=-1).argmin(1) for block in z.split(16_384)]
+        blocks = [torch.addmm(half_norms, block, codebook.T, alpha=-1).argmin(1) for block in z.split(4096)]
     return torch.cat(blocks)
 
 
@@ -289,9 +289,10 @@ class EMAQuantizer(Quantizer):
         """(B, T, C) and mask (B, T) -> codes (B, K, T)."""
         residual, codes = self._valid(z, mask), []
         for codebook in self._books():
-            vectors, chosen = codebook.quantize(residual)
-            residual = residual - vectors
-            codes.append(chosen)
+            if codes:
+                residual = residual - before.codes[codes[-1]]
+            codes.append(nearest_code(residual, codebook.codes))
+            before = codebook
         return _spread_codes(codes, mask)
 
     def decode(self, codes: Tensor) -> Tensor:
