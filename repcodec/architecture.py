@@ -21,7 +21,7 @@ class Architecture:
         bias: whether the stages' convolutions have one.
         enc_ratios, dec_ratios: widths of the stages, in multiples of C.
         enc_strides, dec_strides: of the stages; both have the same product.
-        enc_kernel_size: of the first convolution; dec_kernel_size: of the last.
+        enc_kernel_size: of the encoder's first convolution; dec_kernel_size: of the decoder's first and last.
         enc_block_dilations, dec_block_dilations: one residual unit of a stage each.
         enc_block_kernel_size, dec_block_kernel_size: of the residual units.
         pad_to_stride: fill an utterance up with zero frames to a multiple of the total stride, so that no frame is
@@ -106,7 +106,7 @@ class Architecture:
     @property
     def decoder_reach(self) -> int:
         """How many codes before and after its own the frames of a code depend on, at most."""
-        rate, total = 1, 1.0  # the input convolution's
+        rate, total = 1, float(self.dec_kernel_size // 2)  # the input convolution's
         for stride in self.dec_strides:
             total += 1 / rate
             rate *= stride

@@ -74,7 +74,7 @@ def read_config(folder: Path | str) -> dict:
             f"{path} does not exist: {folder} is not a saved codec or k-means model; train.py saves one in the "
             "codec/ folder of its run."
         ) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RepCodecError(f"{path}: not a readable description of a saved codec ({error!r}).") from error
     if not isinstance(kind, str):
         raise RepCodecError(f'{path}: "kind" is {kind!r}, expected a name.')
@@ -359,7 +359,7 @@ def _published_names(shape: Architecture, num_codebooks: int) -> dict[str, str]:
                 names[f"{theirs}.conv.{conv}.{part}"] = f"{ours}.conv.{part}"
             for j in range(len(dilations)):
                 names[f"{theirs}.res_units.{j}.conv1.conv.weight"] = f"{ours}.residuals.{j}.conv.weight"
-                names[f"{theirs}.res_units.{j}.conv2.conv.weight"] = f"{ours}.residuals.{j}.pointwise.weight"
+                names[f"{theirs}.res_units.{j}.conv2.weight"] = f"{ours}.residuals.{j}.pointwise.weight"
     for k in range(num_codebooks):
         theirs, ours = f"quantizer.codebook.layers.{k}", f"quantizer.codebooks.{k}"
         names |= {f"{theirs}.embed": f"{ours}.codes", f"{theirs}.cluster_size": f"{ours}.counts"}

@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 
-from repcodec.errors import RepCodecError, user_message
+from repcodec.errors import user_message
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -199,8 +199,13 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         getattr(commands, args.run)(args)
-    except RepCodecError as error:
-        print(f"error: {user_message(error)}", file=sys.stderr)
+    except BrokenPipeError:  # whoever read our output wants no more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        if (message := user_message(error)) is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

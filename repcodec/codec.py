@@ -256,7 +256,11 @@ class RepCodec(nn.Module):
         padding costs nothing, and long ones in windows, so that memory does not grow with their length.
         """
         self._check_width(features)
-        counts = [features.shape[1]] * len(features) if lengths is None else lengths.tolist()
+        counts = [features.shape[1]] * len(features) if lengths is None else torch.as_tensor(lengths).tolist()
+        if len(counts) != len(features) or not all(0 <= count <= features.shape[1] for count in counts):
+            raise RepCodecError(
+                f"lengths {counts}: expected one for each of {len(features)} rows, 0 to {features.shape[1]}."
+            )
         rows = encode_packed(self, (row[:count] for row, count in zip(features, counts, strict=True)))
         num_codes = self.architecture.num_codes(features.shape[1])
         codes = torch.full((len(features), num_codes, self.num_codebooks), NO_CODE, device=features.device)
@@ -286,6 +290,7 @@ class RepCodec(nn.Module):
     def encode_pieces(self, pieces: list[Tensor]) -> list[Tensor]:
         """Features (T, D) of each piece -> its codes (N, K), none seeing another."""
         shape, stride = self.architecture, self.stride
+        pieces = [piece.to(self.feature_mean.dtype) for piece in pieces]
         counts = [shape.num_codes(len(piece)) for piece in pieces]
         row, valid, starts = packed(pieces, shape.gap * stride, stride)
         row.sub_(self.feature_mean).div_(self.feature_scale)[~valid] = 0  # `normalize`, without a copy
@@ -313,6 +318,10 @@ class RepCodec(nn.Module):
         Raises:
             RepCodecError: names the first.
         """
+        if codes.ndim != 3 or codes.shape[1] != self.num_codebooks:
+            raise RepCodecError(
+                f"the codec decodes codes (B, {self.num_codebooks}, N), but got shape {tuple(codes.shape)}."
+            )
         wrong = codes[(codes >= self.codebook_size) | (codes < NO_CODE)]
         if len(wrong):
             raise RepCodecError(

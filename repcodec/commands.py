@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from repcodec.errors import RepCodecError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from repcodec.manifest import Manifest
     from repcodec.shards import FeatureShards
 
@@ -55,10 +57,14 @@ def tokenize(args: argparse.Namespace) -> None:
 
     if args.stream and (args.shard or args.deduplicate or args.format == "tokens" or len(args.input) > 1):
         args.usage("--stream writes JSON lines of one input as they come: no --shard, --deduplicate or --format tokens")
+    if args.stream and (args.model or args.skip_bad):
+        args.usage("--stream takes features: --model and --skip-bad are for sound")
     if args.shard and not args.output:
         args.usage("--shard needs -o FILE, where the parts are joined")
+    if args.output:
+        _check_output(Path(args.output), args.input)
     for name in args.input:
-        if name != "-" and not Path(name).exists():
+        if name != "-" and not (name and Path(name).exists()):
             raise RepCodecError(f"{name}: no such file or folder; give feature shards, a manifest or sound files.")
     from repcodec.checkpoint import read_config
     from repcodec.hub import local_folder
@@ -108,6 +114,18 @@ def tokenize(args: argparse.Namespace) -> None:
         print(f"skipped: {reason}", file=sys.stderr)
 
 
+def _check_output(output: "Path", inputs: list[str]) -> None:
+    """Refuse to write onto what is read."""
+    from pathlib import Path
+
+    for name in inputs:
+        if output.resolve() == Path(name).resolve():
+            raise RepCodecError(f"{output} is the input: give another name to -o.")
+        inside = Path(name).is_dir() and output.resolve().parent == Path(name).resolve()
+        if inside and output.name.endswith((".npy", ".len", ".json", ".skipped.tsv")):
+            raise RepCodecError(f"{output} would lie among the files of the input: give another name to -o.")
+
+
 def _names(args: argparse.Namespace, shards: "FeatureShards") -> tuple[list[str] | None, str | None]:
     """Return the names and the root that a manifest gives to shards; None without one."""
     if not args.manifest:
@@ -144,8 +162,11 @@ def _sounds(args: argparse.Namespace) -> "Manifest":
 
 
 def _stream(args: argparse.Namespace, is_features: bool) -> None:
+    from pathlib import Path
+
     from repcodec.pipeline import SpeechTokenizer
     from repcodec.streaming import raw_frames, shard_chunks, stream_lines
+    from repcodec.tokens import about_path
 
     if not is_features and args.input != ["-"]:
         args.usage("--stream takes features: a folder of feature shards, or - for frames on standard input")
@@ -161,6 +182,9 @@ def _stream(args: argparse.Namespace, is_features: bool) -> None:
         utterances = ((name, shard_chunks(shards, number)) for number, name in enumerate(names))
     else:
         utterances = [("stdin", raw_frames(sys.stdin.buffer, tokenizer.tokenizer.dim))]
+    if args.output:
+        about_path(args.output).unlink(missing_ok=True)  # of what stood there before
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     with open(args.output, "w", encoding="utf-8") if args.output else nullcontext(sys.stdout) as file:
         for name, chunks in utterances:
             for line in stream_lines(tokenizer, name, chunks):

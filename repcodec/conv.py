@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
+from itertools import pairwise
 from queue import SimpleQueue
 from threading import Barrier
 
@@ -129,11 +130,11 @@ def residual_unit(frames: Tensor, weight: Tensor, pointwise: Tensor) -> Tensor:
 class _Space:
     """Memory for a block at a time, of one thread; taken once, as it is large."""
 
-    def __init__(self, frames: Tensor, weight: Tensor):
+    def __init__(self, frames: Tensor, weight: Tensor, num_tiles: int):
         channels_out, channels, _ = weight.shape
-        self.rows = frames.new_empty(BLOCK * TILE + 2, channels)
-        self._inputs = frames.new_empty(BLOCK, TILE + 2, channels)
-        self._products = frames.new_empty((TILE + 2) * BLOCK * channels_out)
+        self.rows = frames.new_empty(num_tiles * TILE + 2, channels)
+        self._inputs = frames.new_empty(num_tiles, TILE + 2, channels)
+        self._products = frames.new_empty((TILE + 2) * num_tiles * channels_out)
 
     def seen(self, frames: Tensor, first: int, stop: int) -> Tensor:
         """Return a copy of the rows that the outputs of tiles `first` to `stop` see, zeros beyond the ends."""
@@ -159,9 +160,9 @@ class _Spaces:
 
     def __init__(self, frames: Tensor, weight: Tensor):
         self._free: SimpleQueue[_Space] = SimpleQueue()
-        num_blocks = -(-len(frames) // (BLOCK * TILE))
-        for _ in range(min(torch.get_num_threads(), num_blocks + 1)):
-            self._free.put(_Space(frames, weight))
+        sizes = [stop - first for first, stop in pairwise(_cuts(-(-len(frames) // TILE), BLOCK))]
+        for _ in range(min(torch.get_num_threads(), len(sizes))):
+            self._free.put(_Space(frames, weight, max(sizes)))
 
     @contextmanager
     def one(self) -> Iterator[_Space]:
@@ -192,15 +193,20 @@ def _side_by_side(job: Callable[[int, int], None], count: int, block: int) -> No
 
     So no thread waits for another one within a block, which is faster than all of them on every operation.
     """
-    threads = torch.get_num_threads()
-    num_blocks = min(count, -(-count // (block * threads)) * threads)
-    cuts = [count * i // num_blocks for i in range(num_blocks + 1)]
+    threads, cuts = torch.get_num_threads(), _cuts(count, block)
 
     def in_thread(first: int, stop: int) -> None:
         with torch.inference_mode():  # whether gradients are wanted is each thread's own
             job(first, stop)
 
     list((map if threads == 1 else _pool(threads).map)(in_thread, cuts[:-1], cuts[1:]))
+
+
+def _cuts(count: int, block: int) -> list[int]:
+    """Return where blocks of `count` things begin and end: as many for each thread, of at most `block`."""
+    threads = torch.get_num_threads()
+    num_blocks = min(count, -(-count // (block * threads)) * threads)
+    return [count * i // num_blocks for i in range(num_blocks + 1)]
 
 
 @cache

@@ -55,6 +55,11 @@ def decode_tokens(tokenizer: Tokenizer, path: Path | str, folder: Path | str) ->
 
         for number, features in enumerate(decode_packed(tokenizer, codes()), start=1):
             tokens = waiting.popleft()
+            if (tokens.num_frames or 0) >= len(features) + tokenizer.stride:
+                raise RepCodecError(
+                    f"{path}, {tokens.name}: says {tokens.num_frames} frames, but its codes stand for {len(features)}; "
+                    "make the file again."
+                )
             shard.append(tokens.name, features[: tokens.num_frames].cpu().numpy())
             if number % 64 == 0:
                 shard.commit()

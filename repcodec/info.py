@@ -11,7 +11,7 @@ from repcodec.checkpoint import read_config
 from repcodec.errors import RepCodecError
 from repcodec.hub import local_folder
 from repcodec.shards import FeatureShards, num_shards_there
-from repcodec.tokens import read_about, read_root, read_tokens
+from repcodec.tokens import is_json, read_about, read_root, read_tokens
 
 FRAME_RATE = 50
 """Frames per second where nothing says how many; every speech encoder here has so many."""
@@ -132,7 +132,7 @@ def _tokens(path: Path) -> list[tuple[str, str]]:
     if first is None:
         raise RepCodecError(f"{path}: the tokens file holds no utterance.")
     rows = [
-        ("kind", f"tokens file, {'JSON lines' if read_root(path) == '' else 'published format'}"),
+        ("kind", f"tokens file, {'JSON lines' if is_json(path) else 'published format'}"),
         ("made by", str(about.get("tokenizer", "unknown: no description lies beside it"))),
         ("utterances", f"{num_utterances:,}"),
         ("codes", f"{total:,} of each of {len(counts)} codebooks, {_time(total / rate)} at {rate:g} per second"),

@@ -96,7 +96,16 @@ class KMeansTokenizer(nn.Module):
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes (B, 1, T) -> (B, T, D), zero where a code is `NO_CODE`."""
+        """Codes (B, 1, T) -> (B, T, D), zero where a code is `NO_CODE`.
+
+        Raises:
+            RepCodecError: codes of another shape, or one that there is no centroid of.
+        """
+        if codes.ndim != 3 or codes.shape[1] != 1 or bool(((codes >= self.codebook_size) | (codes < NO_CODE)).any()):
+            raise RepCodecError(
+                f"the k-means model decodes codes (B, 1, T) from 0 to {self.codebook_size - 1}, but got shape "
+                f"{tuple(codes.shape)} with another code; decode with the one that made them."
+            )
         features = self.centroids[codes[:, 0].clamp(min=0)]
         return features * (codes[:, 0] != NO_CODE)[..., None]
 

@@ -1,7 +1,8 @@
 """Run a tokenizer over utterances of any length: packed end to end, in windows, or as frames arrive.
 
 Nothing is padded and memory does not grow with an utterance's length: a long one is run in windows that overlap
-by what the convolutions see. Codes do not depend on what else is run, nor on where windows begin.
+by what the convolutions see. Codes do not depend on what else is run, nor on where windows begin, but for ties: in
+float32 a few frames are convolved directly, many by `repcodec.conv`'s faster way, which rounds otherwise.
 
 Axes: T frames, N codes an utterance, D feature width, K codebooks.
 """

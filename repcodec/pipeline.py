@@ -48,7 +48,10 @@ def usable_device(name: str | torch.device) -> torch.device:
         RepCodecError: there is no such device here.
     """
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
+        if device.type == "meta":
+            raise RuntimeError("it computes nothing")
+        return device
     except (RuntimeError, AssertionError) as error:
         raise RepCodecError(f"device {name}: not usable here ({str(error).splitlines()[0]}); cpu always is.") from error
 

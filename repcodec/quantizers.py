@@ -287,12 +287,12 @@ class EMAQuantizer(Quantizer):
 
     def encode(self, z: Tensor, mask: Tensor) -> Tensor:
         """(B, T, C) and mask (B, T) -> codes (B, K, T)."""
-        residual, codes = self._valid(z, mask), []
-        for codebook in self._books():
-            if codes:
-                residual = residual - before.codes[codes[-1]]
+        residual, books = self._valid(z, mask), self._books()
+        codes: list[Tensor] = []
+        for k, codebook in enumerate(books):
+            if k > 0:
+                residual = residual - books[k - 1].codes[codes[-1]]
             codes.append(nearest_code(residual, codebook.codes))
-            before = codebook
         return _spread_codes(codes, mask)
 
     def decode(self, codes: Tensor) -> Tensor:

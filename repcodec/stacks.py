@@ -169,7 +169,7 @@ class DecoderStack(nn.Module):
         """The stages start at `decode_channels * dec_ratios[0]`; stage i goes to the next ratio, the last to C."""
         super().__init__()
         widths = [shape.decode_channels * ratio for ratio in shape.dec_ratios] + [shape.decode_channels]
-        self.input = _same_conv(shape.code_dim, widths[0], 3)
+        self.input = _same_conv(shape.code_dim, widths[0], shape.dec_kernel_size)
         self.stages = nn.ModuleList(
             DecoderStage(before, after, stride, shape.dec_block_dilations, shape.dec_block_kernel_size, shape.bias)
             for before, after, stride in zip(widths[:-1], widths[1:], shape.dec_strides, strict=True)

@@ -23,7 +23,7 @@ def raw_frames(file: IO[bytes], dim: int) -> Iterator[np.ndarray]:
         whole = len(data) // (4 * dim) * 4 * dim
         rest = data[whole:]
         if whole:
-            yield np.frombuffer(data[:whole], "<f4").reshape(-1, dim)
+            yield np.frombuffer(bytearray(data[:whole]), "<f4").reshape(-1, dim)
     if rest:
         raise RepCodecError(
             f"stdin: ends with {len(rest)} bytes of a frame, expected frames of {dim} little-endian float32 values."

@@ -1,7 +1,9 @@
 """Feature shards or sound -> tokens file."""
 
+import glob
 import hashlib
 import os
+import re
 import shutil
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -15,7 +17,7 @@ from repcodec.audio import SAMPLE_RATE
 from repcodec.errors import RepCodecError
 from repcodec.extraction import run_batches
 from repcodec.files import InUse, locked
-from repcodec.manifest import SoundList, shard_range
+from repcodec.manifest import SoundList, check_lines, shard_range
 from repcodec.packing import Rows, Tokenizer, encode_packed
 from repcodec.pipeline import FRAME_RATE
 from repcodec.shards import FeatureShards
@@ -23,7 +25,6 @@ from repcodec.speech_encoders import BATCH_SECONDS, SpeechEncoder, batches_of
 from repcodec.tokens import (
     LineWriter,
     Tokens,
-    about_path,
     check_one_codebook,
     format_line,
     is_finished,
@@ -59,6 +60,9 @@ class FeatureSource:
                 f"{shards.folder}: these shards do not name their utterances: give --manifest FILE.tsv."
             )
         self.names, self.root = names or shards.names or [], shards.root if root is None else root
+        if len(set(self.names)) < len(self.names):
+            twice = next(name for name in self.names if list(self.names).count(name) > 1)
+            raise RepCodecError(f"{shards.folder}: the name {twice!r} stands twice; each utterance needs its own.")
         self.num_frames, self.skipped, self._shards = shards.lengths.tolist(), [], shards
         listing = "".join(f"{name}\t{length}\n" for name, length in zip(self.names, self.num_frames, strict=True))
         self.about = {"utterances_sha256": hashlib.sha256(listing.encode()).hexdigest(), "files": shards.stamp}
@@ -105,6 +109,7 @@ class SoundSource(FeatureSource):
         self.names, self.root, self.skipped = sounds.paths, str(sounds.root), []
         self.num_frames = [encoder.num_frames(samples) for samples in sounds.num_samples]
         self.about = {"utterances_sha256": sounds.sha256(), "encoder_sha256": encoder.weights_sha256}
+        self.about["skip_bad"] = skip_bad
         self._sounds, self._encoder, self._options = sounds, encoder, (batch_seconds, skip_bad)
 
     def duration(self, utterance: int) -> float:
@@ -200,8 +205,12 @@ def write_tokens(
     if kind == "tokens":
         check_one_codebook(tokenizer.num_codebooks)
     path = Path(path)
+    if path.is_dir():
+        raise RepCodecError(f"{path} is a folder: give the name of a file to write.")
+    check_lines(source.root, *source.names)  # before anything is computed
     about = {**about, **source.about, "format": kind, "deduplicated": deduplicate, "root": source.root}
     if is_finished(path, about):
+        _remove_parts(path)
         return True
     part = path if shard is None else _part(path, *shard)
     start, stop = (0, len(source.names)) if shard is None else shard_range(len(source.names), *shard)
@@ -306,10 +315,16 @@ def _join(path: Path, about: dict, num_shards: int) -> bool:
                 os.fsync(file.fileno())
             put_in_place(partial, path, about)
     except FileNotFoundError:  # another process, which finished its part at the same moment, was faster
+        path.with_name(f".{path.name}.joined").unlink(missing_ok=True)
         return is_finished(path, about)
     except InUse:  # … or is at it now
         return False
-    for part in parts:
-        about_path(part).unlink(missing_ok=True)
-        part.unlink(missing_ok=True)
+    _remove_parts(path)
     return True
+
+
+def _remove_parts(path: Path) -> None:
+    """Remove the finished parts of a tokens file that is whole, whatever left them behind."""
+    for part in path.parent.glob(f"{glob.escape(path.name)}.*_*"):
+        if re.fullmatch(r"\d+_\d+(\.json)?", part.name.removeprefix(f"{path.name}.")):
+            part.unlink(missing_ok=True)

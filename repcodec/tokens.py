@@ -100,7 +100,7 @@ def read_tokens(path: Path | str) -> Iterator[Tokens]:
                 raise RepCodecError(f"{path}: the file is empty or cut off in its first line; make it again.")
             lines = enumerate(file, start=2)
             parse = _parse_line
-            if first.startswith("{"):
+            if first.startswith(_JSON):
                 yield _parse_json(first, f"{path}, line 1")
                 parse = _parse_json
             for number, line in lines:
@@ -115,12 +115,29 @@ def read_root(path: Path | str) -> str:
     Raises:
         RepCodecError: the file is unreadable.
     """
+    first = _first_line(path)
+    return str(read_about(path).get("root", "")) if first.startswith(_JSON) else first
+
+
+def is_json(path: Path | str) -> bool:
+    """Say whether a tokens file holds JSON lines.
+
+    Raises:
+        RepCodecError: the file is unreadable.
+    """
+    return _first_line(path).startswith(_JSON)
+
+
+_JSON = '{"'
+"""How JSON lines begin, and no audio root does."""
+
+
+def _first_line(path: Path | str) -> str:
     try:
         with open(path, encoding="utf-8") as file:
-            first = next(file, "").rstrip("\n")
+            return next(file, "").rstrip("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise RepCodecError(f"{path}: not a readable tokens file ({error}).") from error
-    return str(read_about(path).get("root", "")) if first.startswith("{") else first
 
 
 def _parse_line(line: str, where: str) -> Tokens:
@@ -155,8 +172,10 @@ def _parse_json(line: str, where: str) -> Tokens:
             raise ValueError("a code is not a whole number")
         codes = np.array(rows, dtype=np.int64) if repeats is None else _repeated(rows, repeats, where)
         frames, duration = fields.get("frames"), fields.get("duration")
-        if not (frames is None or type(frames) is int) or not (duration is None or isinstance(duration, int | float)):
-            raise ValueError("frames or duration is no number")
+        if not (frames is None or (type(frames) is int and frames >= 0)) or not (
+            duration is None or isinstance(duration, int | float)
+        ):
+            raise ValueError("frames or duration is no number from 0 up")
     except (ValueError, OverflowError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RepCodecError(
             f'{where}: found {line[:60]!r}, expected a JSON object with "id" and "codes" ({error!r}); make it again.'
@@ -167,6 +186,8 @@ def _parse_json(line: str, where: str) -> Tokens:
 def _repeated(rows: Sequence[Sequence[int]], repeats: Sequence[int], where: str) -> np.ndarray:
     """K lists of the codes of R runs, and their lengths -> (K, N)."""
     lengths = np.array(repeats, dtype=np.int64)
+    if any(len(row) != len(repeats) for row in rows):
+        raise ValueError("not as many repeats as codes")
     if (lengths < 1).any() or sum(repeats) > MAX_CODES:
         raise RepCodecError(f"{where}: a run's length is not a number from 1 up, or all are more than {MAX_CODES}.")
     return np.repeat(np.array(rows, dtype=np.int64), lengths, axis=1)
@@ -198,7 +219,7 @@ def read_about(path: Path | str) -> dict:
         return dict(about)
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise RepCodecError(f"{sidecar}: not a readable description of a tokens file ({error}); delete it.") from error
 
 

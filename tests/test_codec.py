@@ -57,7 +57,7 @@ def test_all_published_options_shape_the_stacks():
     assert shapes["encoder.stages.0.residuals.2.conv.weight"] == (4, 4, 5)
     assert shapes["encoder.stages.1.conv.weight"] == (8, 4, 4)
     assert shapes["encoder.projector.weight"] == (5, 8, 3)
-    assert shapes["decoder.input.weight"] == (6, 5, 3)
+    assert shapes["decoder.input.weight"] == (6, 5, 7)
     assert shapes["decoder.stages.0.conv.weight"] == (6, 3, 4)
     assert shapes["decoder.stages.1.conv.weight"] == (3, 3, 3)
     assert shapes["decoder.stages.1.residuals.0.conv.weight"] == (3, 3, 7)
@@ -178,3 +178,25 @@ def test_damaged_folder_is_one_sentence(tmp_path, codec, damage, message):
         message = "do not fit the architecture"
     with pytest.raises(RepCodecError, match=message):
         RepCodec.from_pretrained(tmp_path)
+
+
+def test_features_of_another_precision_are_taken():
+    torch.manual_seed(0)
+    codec = RepCodec(8, codebook_size=16).eval()
+    features = torch.randn(1, 20, 8).half()
+    assert torch.equal(codec.encode(features), codec.encode(features.float()))
+    assert torch.equal(codec.encode(features.double()), codec.encode(features.float()))
+
+
+@pytest.mark.parametrize("lengths", [[9, 21], [9], [9, -1]])
+def test_lengths_that_cannot_be_are_one_sentence(codec, lengths):
+    with pytest.raises(RepCodecError, match="expected one for each of 2 rows, 0 to 20"):
+        codec.encode(torch.randn(2, 20, 8).double(), torch.tensor(lengths))
+
+
+@pytest.mark.parametrize("shape", [(4,), (1, 4), (1, 2, 4)])
+def test_codes_of_another_shape_are_one_sentence(codec, shape):
+    with pytest.raises(RepCodecError, match=r"decodes codes \(B, 1, N\)"):
+        codec.decode(torch.zeros(shape, dtype=torch.int64))
+    with pytest.raises(RepCodecError, match="code 16: the codec has codes 0 to 15"):
+        codec.decode(torch.full((1, 1, 3), 16))

@@ -135,6 +135,12 @@ def test_sound_and_features_come_in_on_standard_input(codec_folder, test_set, sp
     assert done.returncode == 1 and b"stdin: not a readable sound file" in done.stderr
 
 
+def test_a_reader_that_wants_no_more_is_no_error(codec_folder, test_set):
+    command = f"{sys.prefix}/bin/repcodec tokenize {codec_folder / 'one'} {test_set} --stream | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=300)
+    assert len(done.stdout.splitlines()) == 1 and "Traceback" not in done.stderr
+
+
 def test_stream_of_shards_equals_the_offline_codes(codec_folder, test_set, expected, tmp_path):
     assert run("tokenize", codec_folder / "one", test_set, "--stream", "-o", tmp_path / "out") == 0
     codes = {name: [] for name in expected}
@@ -212,6 +218,13 @@ def test_convert_and_export(codec_folder, test_set, tmp_path, capsys):
         (["tokenize", "CODEC", "FEATURES", "--device", "cuda:9"], "device cuda:9: not usable here"),
         (["tokenize", "TWO", "FEATURES", "-o", "x.tokens"], "2 codebooks, but the published format holds one"),
         (["tokenize", "CODEC", "FEATURES", "-o", "x", "--shard", "0/9"], "shard 0 of 9"),
+        (["tokenize", "CODEC", "FEATURES", "-o", "empty"], "empty is a folder"),
+        (["tokenize", "CODEC", "bad.wav", "-o", "bad.wav"], "bad.wav is the input"),
+        (["tokenize", "CODEC", "narrow", "-o", "narrow/0_1.len"], "would lie among the files of the input"),
+        (["tokenize", "CODEC", ""], "no such file or folder"),
+        (["tokenize", "CODEC", "FEATURES", "--device", "meta"], "device meta: not usable here"),
+        (["tokenize", "CODEC", "FEATURES", "--stream", "-o", "empty"], "empty"),
+        (["info", "x" * 300], "File name too long"),
         (["decode", "CODEC", "nowhere", "x"], "nowhere: not a readable tokens file"),
         (["decode", "TWO", "one.tokens", "x"], "1 codebooks, but the tokenizer has 2"),
         (["info", "nowhere"], "nowhere: no such file or folder"),

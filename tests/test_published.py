@@ -77,7 +77,7 @@ def published_state(o, seed=0):
         kernel = o[f"{side}_block_kernel_size"]
         for j in range(len(o[f"{side}_block_dilations"])):
             weight(f"{prefix}.res_units.{j}.conv1.conv.weight", width, width, kernel, fan_in=width * kernel)
-            weight(f"{prefix}.res_units.{j}.conv2.conv.weight", width, width, 1, fan_in=width)
+            weight(f"{prefix}.res_units.{j}.conv2.weight", width, width, 1, fan_in=width)
 
     def bias(name, width):
         if o["bias"]:
@@ -100,7 +100,8 @@ def published_state(o, seed=0):
         state[f"{prefix}.embed_avg"] = state[f"{prefix}.embed"] * state[f"{prefix}.cluster_size"]
     c, d = o["decode_channels"], o["output_channels"]
     before = c * o["dec_ratios"][0]
-    weight("decoder.conv1.conv.weight", before, o["code_dim"], 3, fan_in=o["code_dim"] * 3)
+    kernel = o["dec_kernel_size"]
+    weight("decoder.conv1.conv.weight", before, o["code_dim"], kernel, fan_in=o["code_dim"] * kernel)
     for i, (ratio, stride) in enumerate(zip([*o["dec_ratios"][1:], 1], o["dec_strides"], strict=True)):
         prefix, after = f"decoder.conv_blocks.{i}", c * ratio
         if stride == 1:
@@ -136,7 +137,7 @@ class Reference:
     def units(self, x, prefix, side):
         for j, dilation in enumerate(self.o[f"{side}_block_dilations"]):
             inner = self.conv(elu(x), f"{prefix}.res_units.{j}.conv1.conv", dilation)
-            x = x + self.conv(elu(inner), f"{prefix}.res_units.{j}.conv2.conv")
+            x = x + self.conv(elu(inner), f"{prefix}.res_units.{j}.conv2")
         return x
 
     def vectors(self, features):
@@ -610,3 +611,40 @@ def test_real_published_files(request, tmp_path, name):
         assert names == shards.names
     published = [[int(code) for code in line.split("\t")[1].split()] for line in lines]
     assert [name for name, own, theirs in zip(names, codes, published, strict=True) if own != theirs] == []
+
+
+def test_names_of_the_published_state_dict_are_those_of_the_description(tmp_path):
+    """Written out once, as facts.md lists them, so that reader and test files cannot agree on a wrong name."""
+    d = 4
+    shapes = {"encoder.conv.conv.weight": (d, d, 3), "projector.project.conv.weight": (d, d, 3)}
+    shapes |= {"decoder.conv1.conv.weight": (d, d, 3), "decoder.conv2.conv.weight": (d, d, 3)}
+    for i in (0, 1):
+        for j in (0, 1):
+            for side in ("encoder", "decoder"):
+                shapes[f"{side}.conv_blocks.{i}.res_units.{j}.conv1.conv.weight"] = (d, d, 3)
+                shapes[f"{side}.conv_blocks.{i}.res_units.{j}.conv2.weight"] = (d, d, 1)
+        for side in ("encoder", "decoder"):
+            shapes |= {
+                f"{side}.conv_blocks.{i}.conv.conv.weight": (d, d, 3),
+                f"{side}.conv_blocks.{i}.conv.conv.bias": (d,),
+            }
+    shapes |= {"quantizer.codebook.layers.0.embed": (d, 6), "quantizer.codebook.layers.0.embed_avg": (d, 6)}
+    shapes["quantizer.codebook.layers.0.cluster_size"] = (6,)
+    state = {name: torch.randn(shape) for name, shape in shapes.items()}
+    torch.save({"model": {"repcodec": state}, "steps": 1, "epochs": 1}, tmp_path / "a.pkl")
+    codec = RepCodec.from_published(
+        tmp_path / "a.pkl",
+        {
+            "model_params": {
+                "input_channels": d,
+                "output_channels": d,
+                "encode_channels": d,
+                "decode_channels": d,
+                "code_dim": d,
+                "codebook_size": 6,
+            }
+        },
+    )
+    unit = codec.encoder.stages[1].residuals[0]
+    assert torch.equal(unit.pointwise.weight, state["encoder.conv_blocks.1.res_units.0.conv2.weight"])
+    assert torch.equal(codec.quantizer.codebooks[0].codes, state["quantizer.codebook.layers.0.embed"].T)

@@ -208,3 +208,28 @@ def test_description_beside_the_file_says_what_made_it(tmp_path, shards, codec):
     about = json.loads((tmp_path / "out.json").read_text())
     assert about["codes_per_second"] == 50 and about["codebook_size"] == 16 and about["encoder"] == "hubert_base"
     assert about["bytes"] == (tmp_path / "out").stat().st_size
+
+
+def test_parts_that_were_left_behind_go_when_the_file_is_whole(tmp_path, shards, codec):
+    run(codec, shards, tmp_path / "out", shard=(0, 2))
+    run(codec, shards, tmp_path / "out", shard=(1, 3))
+    assert len(list(tmp_path.glob("out.*"))) == 4
+    (tmp_path / "out.1_2.tokens").touch()  # somebody's own
+    run(codec, shards, tmp_path / "out")
+    run(codec, shards, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.glob("out*")) == ["out", "out.1_2.tokens", "out.json"]
+
+
+def test_a_folder_or_a_name_twice_is_told_before_anything_is_computed(tmp_path, shards, codec):
+    with refused("is a folder"):
+        run(codec, shards, tmp_path)
+    about = json.loads((tmp_path / "test" / "0_2.json").read_text())
+    about["utterances"][1] = about["utterances"][0]
+    (tmp_path / "test" / "0_2.json").write_text(json.dumps(about))
+    with refused("'spk/utt0.wav' stands twice"):
+        run(codec, FeatureShards(tmp_path / "test"), tmp_path / "out")
+    about["utterances"][1] = "a\nb.wav"
+    (tmp_path / "test" / "0_2.json").write_text(json.dumps(about))
+    with refused("line break"):
+        run(codec, FeatureShards(tmp_path / "test"), tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))

@@ -240,6 +240,8 @@ def test_a_run_of_no_or_endless_length_is_refused(tmp_path, codes):
         '{"id": "a", "codes": [["1"]]}',
         '{"id": "a", "codes": [[1]], "repeats": [1, 2]}',
         '{"id": "a", "codes": [[1]], "repeats": "11"}',
+        '{"id": "a", "codes": [[1, 2]], "repeats": [3]}',
+        '{"id": "a", "codes": [[1]], "frames": -1}',
         '{"id": "a", "codes": [[1]], "frames": "many"}',
         '{"id": "a", "codes": [[99999999999999999999]]}',
         '{"id": "a", "codes": ' + "[" * 100_000,

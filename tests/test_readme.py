@@ -1,0 +1,89 @@
+"""The README's Python, run as it stands; and the package, built and installed, used without a checkout."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from repcodec import RepCodec
+from repcodec.cli import main
+from repcodec.speech_encoders import encoder_table, load_speech_encoder
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def demo(tmp_path, speech, whisper_folder, monkeypatch):
+    """A folder as after `make demo`: a codec in outputs/demo/codec; speech.wav and its features besides."""
+    sound = sorted((speech / "audio").rglob("*.flac"))[0]
+    waveform, rate = soundfile.read(sound, dtype="float32")
+    soundfile.write(tmp_path / "speech.wav", waveform, rate)
+    encoder = load_speech_encoder(encoder_table()["whisper_tiny_en"], 3, whisper_folder)
+    (features,) = encoder([torch.from_numpy(waveform)])
+    torch.manual_seed(0)
+    codec = RepCodec(384, codebook_size=32)
+    codec.start_as_identity()
+    codec.quantizer.start(features, seed=0)
+    about = {"encoder": "whisper_tiny_en", "layer": 3, "frame_rate": 50, "encoder_model": str(whisper_folder)}
+    codec.save_pretrained(tmp_path / "outputs" / "demo" / "codec", about)
+    np.save(tmp_path / "features.npy", features.numpy())
+    monkeypatch.chdir(tmp_path)
+    return features
+
+
+def test_python_of_the_readme_runs(demo, capsys):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "SpeechTokenizer" in block]
+    names = {"features": demo[None], "chunks": demo.split(20)}
+    exec(code.replace("features = codec.decode", "decoded = codec.decode"), names)
+    offline = RepCodec.from_pretrained("outputs/demo/codec").encode(demo[None])
+    assert names["decoded"].shape == demo[None].shape
+    assert names["result"].codes.shape == (1, len(demo)) and names["result"].frame_rate == 50
+    assert names["result"].duration == pytest.approx(len(demo) / 50, abs=0.02)
+    said = capsys.readouterr().out
+    assert [int(number) for number in re.findall(r"\d+", said)] == offline.flatten().tolist()
+
+
+def test_commands_of_the_readme_are_known():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    used = set(re.findall(r"^repcodec (\w+)", text, re.M))
+    assert used == {"tokenize", "decode", "info", "convert", "export"}
+    for command in sorted(used):
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--help"])
+        assert stop.value.code == 0
+
+
+def test_installed_wheel_works_without_a_checkout(demo, tmp_path):
+    built = tmp_path / "built"
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", built, ROOT], check=True, timeout=300)
+    (wheel,) = built.glob("*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--target", tmp_path / "site", wheel], check=True, timeout=300)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+
+    def run(*words):
+        command = [sys.executable, "-m", "repcodec.cli", *words]
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    where = "import repcodec; print(repcodec.__file__)"
+    found = subprocess.run([sys.executable, "-c", where], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert found.stdout.startswith(str(tmp_path / "site"))
+    expected = RepCodec.from_pretrained("outputs/demo/codec").encode(demo[None])[0, 0].tolist()
+    assert run("tokenize", "outputs/demo/codec", "speech.wav").splitlines()[1].split("\t")[1].split() == list(
+        map(str, expected)
+    )
+    assert "160 ms" in run("info", "outputs/demo/codec")
+    assert run("convert", "outputs/demo/codec", "copy").startswith("copy: a codec of 1 x 32 codes")
+    assert (
+        "Whisper" in (tmp_path / "copy" / "README.md").read_text()
+        or "whisper" in (tmp_path / "copy" / "README.md").read_text()
+    )
