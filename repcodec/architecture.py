@@ -8,6 +8,9 @@ from dataclasses import asdict, dataclass, fields
 from math import ceil, prod
 from typing import Any
 
+FRAME_RATE = 50.0
+"""Frames per second where nothing says how many: those of every speech encoder here."""
+
 
 @dataclass(frozen=True)
 class Architecture:

@@ -78,6 +78,9 @@ def read_config(folder: Path | str) -> dict:
         raise RepCodecError(f"{path}: not a readable description of a saved codec ({error!r}).") from error
     if not isinstance(kind, str):
         raise RepCodecError(f'{path}: "kind" is {kind!r}, expected a name.')
+    rate = config.get("frame_rate", 1)
+    if not isinstance(rate, int | float) or not 0 < rate < float("inf"):
+        raise RepCodecError(f'{path}: "frame_rate" is {rate!r}, expected frames per second, such as 50.')
     return config
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from repcodec.architecture import FRAME_RATE
 from repcodec.errors import RepCodecError
 from repcodec.packing import Tokenizer, decode_packed
-from repcodec.pipeline import FRAME_RATE
 from repcodec.shard_writer import write_shard
 from repcodec.tokenization import label
 from repcodec.tokens import Tokens, read_root, read_tokens
@@ -31,6 +31,8 @@ def decode_tokens(tokenizer: Tokenizer, path: Path | str, folder: Path | str) ->
     """
     path = Path(path)
     total = sum(1 for _ in read_tokens(path))  # a broken line is told before anything is decoded
+    if total == 0:
+        raise RepCodecError(f"{path}: the tokens file holds no utterance; make it again.")
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     about = {

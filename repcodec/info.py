@@ -6,15 +6,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from repcodec.architecture import Architecture
+from repcodec.architecture import FRAME_RATE, Architecture
 from repcodec.checkpoint import read_config
 from repcodec.errors import RepCodecError
 from repcodec.hub import local_folder
 from repcodec.shards import FeatureShards, num_shards_there
 from repcodec.tokens import is_json, read_about, read_root, read_tokens
-
-FRAME_RATE = 50
-"""Frames per second where nothing says how many; every speech encoder here has so many."""
 
 
 def describe_path(name: Path | str) -> list[tuple[str, str]]:

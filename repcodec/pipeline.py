@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from repcodec.architecture import FRAME_RATE
 from repcodec.audio import SAMPLE_RATE, read_audio, to_mono_16khz
 from repcodec.checkpoint import read_config
 from repcodec.codec import RepCodec
@@ -18,9 +19,6 @@ from repcodec.kmeans import KMeansTokenizer
 from repcodec.packing import Tokenizer, encode_packed, encode_stream
 from repcodec.shards import check_finite
 from repcodec.speech_encoders import SpeechEncoder, encoder_table, find_encoder, load_speech_encoder
-
-FRAME_RATE = 50.0
-"""Frames per second of every speech encoder here; what a tokenizer has that does not say."""
 
 
 def load_tokenizer(name: Path | str, revision: str | None = None) -> RepCodec | KMeansTokenizer:

@@ -6,8 +6,9 @@ from typing import IO
 
 import numpy as np
 
+from repcodec.architecture import FRAME_RATE
 from repcodec.errors import RepCodecError
-from repcodec.pipeline import FRAME_RATE, SpeechTokenizer
+from repcodec.pipeline import SpeechTokenizer
 from repcodec.shards import FeatureShards
 
 

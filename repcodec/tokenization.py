@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from repcodec.architecture import FRAME_RATE
 from repcodec.audio import SAMPLE_RATE
 from repcodec.errors import RepCodecError
 from repcodec.extraction import run_batches
 from repcodec.files import InUse, locked
 from repcodec.manifest import SoundList, check_lines, shard_range
 from repcodec.packing import Rows, Tokenizer, encode_packed
-from repcodec.pipeline import FRAME_RATE
 from repcodec.shards import FeatureShards
 from repcodec.speech_encoders import BATCH_SECONDS, SpeechEncoder, batches_of
 from repcodec.tokens import (
@@ -248,21 +248,19 @@ def encode_lines(
         RepCodecError: bad features or sound.
     """
     device = tokenizer.device
-    waiting: deque[int] = deque()
+    waiting: deque[tuple[int, int]] = deque()  # number and frames
     initial = sum(source.num_frames[whole.start : numbers.start])
     total = sum(source.num_frames[whole.start : whole.stop])
     with tqdm(total=total, initial=initial, desc="Tokenizing", unit="frame", unit_scale=True) as bar:
 
         def utterances() -> Iterator[Rows]:
             for number, rows in source.utterances(numbers, bar):
-                waiting.append(number)
+                waiting.append((number, len(rows)))
                 yield rows if device.type == "cpu" else _OnDevice(rows, device)
 
         for codes in encode_packed(tokenizer, utterances()):
-            number = waiting.popleft()
-            found = Tokens(
-                source.names[number], codes.T.cpu().numpy(), source.num_frames[number], source.duration(number)
-            )
+            number, num_frames = waiting.popleft()
+            found = Tokens(source.names[number], codes.T.cpu().numpy(), num_frames, source.duration(number))
             yield format_line(found, kind, deduplicate)
 
 

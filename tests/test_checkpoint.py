@@ -29,6 +29,13 @@ def test_unreadable_config_is_one_sentence(tmp_path, text):
         read_config(tmp_path)
 
 
+@pytest.mark.parametrize("rate", ["0", "-1", "NaN", "Infinity", '"50"', "[]", "null"])
+def test_a_frame_rate_that_is_none_is_one_sentence(tmp_path, rate):
+    (tmp_path / "config.json").write_text(f'{{"kind": "x", "frame_rate": {rate}}}')
+    with pytest.raises(RepCodecError, match=r'"frame_rate" is .*, expected frames per second'):
+        read_config(tmp_path)
+
+
 def test_missing_tensor_is_named(tmp_path):
     save_folder(tmp_path, {"kind": "x"}, {"weight": torch.zeros(2, 3)})
     with pytest.raises(RepCodecError, match="bias"):

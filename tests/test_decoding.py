@@ -76,3 +76,12 @@ def test_a_shard_that_is_there_is_not_replaced(tmp_path, codec):
     (tmp_path / "a").write_text("/audio\na.wav\t1 2\n")
     with refused(tmp_path / "decoded" / "0_1.npy", "is there already"):
         decode_tokens(codec.float(), tmp_path / "a", tmp_path / "decoded")
+
+
+def test_a_file_without_utterances_and_one_that_says_too_many_frames_are_refused(tmp_path, codec):
+    (tmp_path / "a").write_text("/audio\n")
+    with refused(tmp_path / "a", "holds no utterance"):
+        decode_tokens(codec.float(), tmp_path / "a", tmp_path / "decoded")
+    (tmp_path / "a").write_text(json.dumps({"id": "a", "codes": [[1, 2]], "frames": 3}) + "\n")
+    with refused(tmp_path / "a", "says 3 frames, but its codes stand for 2"):
+        decode_tokens(codec.float(), tmp_path / "a", tmp_path / "decoded")
