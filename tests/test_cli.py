@@ -32,7 +32,11 @@ def test_from_sound_files_to_tokens(tmp_path, capsys, whisper_folder):
     RepCodec(384, codebook_size=8).save_pretrained(tmp_path / "codec")
     assert main(["tokenize", str(tmp_path / "codec"), str(folder), "-o", str(tmp_path / "out.tokens")]) == 0
     found = list(read_tokens(tmp_path / "out.tokens"))
-    assert [(name, len(codes)) for name, codes in found] == [("spk/0.wav", 25), ("spk/1.wav", 27), ("spk/2.wav", 29)]
+    assert [(tokens.name, tokens.codes.shape[1]) for tokens in found] == [
+        ("spk/0.wav", 25),
+        ("spk/1.wav", 27),
+        ("spk/2.wav", 29),
+    ]
     assert "3 utterances" in capsys.readouterr().out
 
 
@@ -64,7 +68,7 @@ def test_manifest_in_another_order_is_refused(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["tokenize", "nowhere", "nowhere", "-o", "x"], "nowhere: no such folder of feature shards"),
+        (["tokenize", "nowhere", "nowhere", "-o", "x"], "nowhere: no such file or folder"),
         (["manifest", "nowhere", "-o", "x"], "nowhere is not a folder"),
         (["extract", "m.tsv", "out", "--encoder", "hubert_base"], "m.tsv: not a readable manifest"),
     ],
@@ -125,7 +129,7 @@ def test_an_invalid_option_is_a_usage_error_that_names_it(option, value, message
 
 
 @pytest.mark.parametrize(
-    ("command", "title"), [("manifest", "example"), ("extract", "examples"), ("tokenize", "example")]
+    ("command", "title"), [("manifest", "example"), ("extract", "examples"), ("tokenize", "examples")]
 )
 def test_help_shows_examples(command, title, capsys):
     with pytest.raises(SystemExit) as stop:
