@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from conftest import refused
+from test_codec import PUBLISHED_WIDTHS as WIDTHS
 from torch.nn.functional import conv1d, conv_transpose1d, elu
 
 from repcodec.architecture import Architecture
@@ -20,14 +21,6 @@ from repcodec.quantizers import NO_CODE
 from repcodec.shards import FeatureShards
 from repcodec.speech_encoders import encoder_table
 
-WIDTHS = {
-    "hubert_base_l9": 768,
-    "hubert_large_l18": 1024,
-    "data2vec_base_l6": 768,
-    "data2vec_large_l18": 1024,
-    "whisper_medium_l24": 1024,
-    "whisper_large_l32": 1280,
-}
 LENGTHS = (97, 98, 100, 1)
 
 SMALL = {
