@@ -114,9 +114,9 @@ def run(way: str, folder: Path) -> dict:
     """Load, warm up, tokenize; the plain way's codes go to plain.npy, the other's to out.tokens."""
     codec = RepCodec.from_pretrained(folder / "codec")
     shards = FeatureShards(folder / "features")
-    warm = torch.zeros(1, 600, codec.dim)
+    warm = torch.zeros(2, 900, codec.dim)
     with torch.inference_mode():
-        codec.encode(warm) if way == "tokenize" else plain(codec, warm)
+        codec.encode(warm) if way == "tokenize" else plain(codec, warm[:1])
     if way == "plain":  # the whole codec comes into memory, not only what the encoder maps from the file
         assert all(bool(value.isfinite().all()) for value in codec.state_dict().values())
     start = time.perf_counter()

@@ -107,6 +107,8 @@ def load_tensors(folder: Path | str, module: "nn.Module") -> None:
         raise RepCodecError(f"{path}: these are not the weights that config.json describes; save or copy both again.")
     try:
         module.load_state_dict(tensors, assign=True)
+        for parameter in module.parameters():
+            parameter.mapped = True  # type: ignore[attr-defined]  # see repcodec.conv
     except RuntimeError as error:
         raise RepCodecError(
             f"{path}: the weights do not fit the architecture in config.json beside them "

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from repcodec.architecture import Architecture
 from repcodec.checkpoint import fill, load_tensors, read_config, read_lightning, read_published, save_folder
@@ -37,6 +38,16 @@ class CodecOutput:
     reconstruction: Tensor
     quantizer: QuantizerOutput
     code_mask: Tensor
+
+
+class _Unset(TorchFunctionMode):
+    """Draws no random numbers for weights that are about to be loaded; the meta device would load 80 MB of code."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in (nn.init.kaiming_uniform_, Tensor.uniform_, Tensor.normal_):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 class RepCodec(nn.Module):
@@ -172,7 +183,7 @@ class RepCodec(nn.Module):
         options = {"pad_to_stride": True} | {name: config[name] for name in OPTIONS if name in config}
         arguments = dict(config["quantizer"])
         kind = QUANTIZERS[arguments.pop("kind")]
-        with torch.device("meta"):  # no random numbers are drawn for weights that are about to be loaded
+        with _Unset():
             codec = cls(**options, quantizer=kind(config["code_dim"], **arguments))
         described = {*OPTIONS, "kind", "quantizer", "codebook_num", "codebook_size", "weights_sha256"}
         codec.about = {key: value for key, value in config.items() if key not in described}

@@ -1,22 +1,17 @@
 """A faster convolution along time behind `nn.Conv1d`'s face, for inference in float32 on a CPU."""
 
-import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import cache
-from itertools import pairwise
-from queue import SimpleQueue
-from threading import Barrier
+import ctypes
+import mmap
+import sys
+import threading
+from collections.abc import Callable
+from math import prod
 
 import torch
 from torch import Tensor, nn
 
 TILE = 6
 """Outputs of a tile. Utterances that start at a multiple of it are computed alike wherever they lie."""
-
-BLOCK = 256
-"""Tiles computed at once: few enough for the cache, many enough for the matrix product."""
 
 MIN_CHANNELS = 256
 """With fewer, what is done beside the matrix products outweighs the ones that are saved."""
@@ -67,7 +62,10 @@ class FrameConv(nn.Conv1d):
 
     Kernel 3 is computed by Winograd's F(6, 3): eight products make six outputs instead of eighteen. Kernel 1 is one
     product. Both differ from a direct convolution by rounding alone. Weights, names and gradients are `nn.Conv1d`'s.
+    Transformed weights are kept until the weights change, in 8/3 of their memory.
     """
+
+    _kept: tuple[Tensor, int, Tensor] | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, T) -> (B, C', T'); the fast ways are for B = 1, best where frames lie in memory as (T, C)."""
@@ -76,7 +74,7 @@ class FrameConv(nn.Conv1d):
         frames = input[0].mT.contiguous()
         if self.kernel_size == (1,):
             return nn.functional.linear(frames, self.weight[..., 0], self.bias).mT[None]
-        return winograd(frames, self.weight, self.bias).mT[None]
+        return winograd(frames, self.transformed(), self.bias).mT[None]
 
     def is_fast(self, x: Tensor) -> bool:
         """Say whether a fast way exists for this convolution and wins on this input."""
@@ -93,135 +91,102 @@ class FrameConv(nn.Conv1d):
             and x.shape[-1] >= MIN_FRAMES
         )
 
+    def transformed(self) -> Tensor:
+        """Return the eight weights (8, C, C') of the kernel."""
+        weight = self.weight
+        if weight.is_inference():  # then nothing says whether they have changed
+            return transformed(weight)
+        with _TRANSFORMING:
+            if self._kept is None or self._kept[0] is not weight or self._kept[1] != weight._version:
+                self._kept = None  # not both at once
+                self._kept = (weight, weight._version, transformed(weight))
+                if getattr(weight, "mapped", False):
+                    _let_go(weight)  # they are read no more, and lie in a file
+            return self._kept[2]
 
-def winograd(frames: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Convolve (T, C) frames with a kernel of three, (C', C, 3), zeros before and after; returns (T, C')."""
-    weights, spaces = _transformed(weight), _Spaces(frames, weight)
-    out = frames.new_empty(-(-len(frames) // TILE), TILE, len(weight))
+    def train(self, mode: bool = True) -> "FrameConv":
+        """Set the mode; what was kept goes."""
+        self._kept = None
+        return super().train(mode)
 
-    def block(first: int, stop: int) -> None:
-        tiles = out[first:stop]
-        with spaces.one() as space:
-            space.convolve(space.seen(frames, first, stop), weights, tiles)
-        if bias is not None:
-            tiles += bias
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FrameConv":
+        self._kept = None  # the weights move under the same name
+        return super()._apply(fn, recurse)
 
-    _side_by_side(block, len(out), BLOCK)
+    def __getstate__(self) -> dict:
+        """Copies and other processes transform for themselves."""
+        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
+
+
+_TRANSFORMING = threading.Lock()
+"""So that threads with the same codec do the work once."""
+
+
+def winograd(frames: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
+    """Convolve (T, C) frames with a transformed kernel of three (8, C, C'), zeros before and after; returns (T, C')."""
+    out = frames.new_empty(-(-len(frames) // TILE), TILE, weights.shape[2])
+    _convolve(_SPACE.seen(frames), weights, out)
+    if bias is not None:
+        out += bias
     return out.flatten(0, 1)[: len(frames)]
 
 
-def residual_unit(frames: Tensor, weight: Tensor, pointwise: Tensor) -> Tensor:
-    """(T, C) frames + conv1x1(ELU(conv(ELU(frames)))), block by block, so that what is between stays in the cache."""
-    weights, spaces, elu = _transformed(weight), _Spaces(frames, weight), nn.functional.elu
-    out = torch.empty_like(frames)
-
-    def block(first: int, stop: int) -> None:
-        rows = slice(TILE * first, TILE * stop)
-        with spaces.one() as space:
-            tiles = space.rows[: TILE * (stop - first)].view(-1, TILE, len(weight))  # once seen, they are not needed
-            space.convolve(elu(space.seen(frames, first, stop), inplace=True), weights, tiles)
-            inner = elu(tiles.flatten(0, 1)[: len(frames[rows])], inplace=True)
-            torch.addmm(frames[rows], inner, pointwise[..., 0].mT, out=out[rows])
-
-    _side_by_side(block, -(-len(frames) // TILE), BLOCK)
-    return out
+def add_residual(frames: Tensor, weights: Tensor, pointwise: Tensor) -> Tensor:
+    """Add conv1x1(ELU(conv(ELU(frames)))), its kernel transformed, to (T, C) frames in place; returns them."""
+    seen, elu = _SPACE.seen(frames), nn.functional.elu
+    inner = seen[: len(seen) - 2].view(-1, TILE, seen.shape[1])  # once transformed, what was seen is not needed
+    _convolve(elu(seen, inplace=True), weights, inner)
+    inner = elu(inner.flatten(0, 1)[: len(frames)], inplace=True)
+    return frames.addmm_(inner, pointwise[..., 0].mT)
 
 
-class _Space:
-    """Memory for a block at a time, of one thread; taken once, as it is large."""
+def _convolve(seen: Tensor, weights: Tensor, out: Tensor) -> None:
+    """Write the outputs (tiles, 6, C') of rows (6 tiles + 2, C); they may share memory."""
+    tiles = seen.unfold(0, TILE + 2, TILE).mT  # (tiles, 8, C)
+    inputs = _SPACE.take("inputs", *tiles.shape)
+    torch.bmm(_INPUTS.expand(len(tiles), -1, -1), tiles, out=inputs)
+    products = _SPACE.take("products", TILE + 2, len(tiles), weights.shape[2])
+    torch.bmm(inputs.transpose(0, 1), weights, out=products)
+    torch.bmm(_OUTPUTS.expand(len(tiles), -1, -1), products.transpose(0, 1), out=out)
 
-    def __init__(self, frames: Tensor, weight: Tensor, num_tiles: int):
-        channels_out, channels, _ = weight.shape
-        self.rows = frames.new_empty(num_tiles * TILE + 2, channels)
-        self._inputs = frames.new_empty(num_tiles, TILE + 2, channels)
-        self._products = frames.new_empty((TILE + 2) * num_tiles * channels_out)
 
-    def seen(self, frames: Tensor, first: int, stop: int) -> Tensor:
-        """Return a copy of the rows that the outputs of tiles `first` to `stop` see, zeros beyond the ends."""
-        found = frames[max(0, TILE * first - 1) : TILE * stop + 1]
-        rows = self.rows[: TILE * (stop - first) + 2]
-        before = int(first == 0)
-        rows[:before] = 0
-        rows[before : before + len(found)] = found
-        rows[before + len(found) :] = 0
+def transformed(weight: Tensor) -> Tensor:
+    """Return the eight weights (8, C, C') of a kernel (C', C, 3)."""
+    channels_out, channels, size = weight.shape
+    out = weight.new_empty(TILE + 2, channels_out, channels)
+    torch.mm(_WEIGHTS, weight.detach().reshape(-1, size).mT, out=out.view(TILE + 2, -1))
+    return out.mT
+
+
+def _let_go(tensor: Tensor) -> None:
+    """Hand a tensor's memory back to the system; if it is read again, the system reads it from its file."""
+    if sys.platform == "linux":
+        page, end = mmap.PAGESIZE, tensor.data_ptr() + tensor.nbytes
+        first = -(-tensor.data_ptr() // page) * page
+        # MADV_PAGEOUT, which loses nothing whatever the pages are; what a kernel makes of it is no matter.
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(max(0, end // page * page - first)), 21)
+
+
+class _Space(threading.local):
+    """Memory of each thread's own, taken once: large pieces that come and go leave holes."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Tensor] = {}
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """Return a tensor of that shape with anything in it, until the next call with that name."""
+        size = prod(shape)
+        if name not in self._held or len(self._held[name]) < size:
+            self._held.pop(name, None)
+            with torch.inference_mode(False):  # or it could be written to in that mode alone
+                self._held[name] = torch.empty(size, dtype=torch.float32, device="cpu")
+        return self._held[name][:size].view(shape)
+
+    def seen(self, frames: Tensor) -> Tensor:
+        """Return a copy of (T, C) frames, zeros before them and after, up to the end of the last tile's view."""
+        rows = self.take("seen", -(-len(frames) // TILE) * TILE + 2, frames.shape[1])
+        rows[0], rows[1 : 1 + len(frames)], rows[1 + len(frames) :] = 0, frames, 0
         return rows
 
-    def convolve(self, rows: Tensor, weights: Tensor, out: Tensor) -> None:
-        """Write the outputs of tiles (tiles, 6, C'), of which `seen` returned the rows; they may share memory."""
-        inputs = self._inputs[: len(out)]
-        torch.bmm(_INPUTS.expand(len(out), -1, -1), rows.unfold(0, TILE + 2, TILE).mT, out=inputs)  # (tiles, 8, C)
-        products = self._products[: (TILE + 2) * len(out) * out.shape[2]].view(TILE + 2, len(out), -1)
-        torch.bmm(inputs.transpose(0, 1), weights, out=products)  # (8, tiles, C')
-        torch.bmm(_OUTPUTS.expand(len(out), -1, -1), products.transpose(0, 1), out=out)
 
-
-class _Spaces:
-    """A space for each thread, made before they begin: threads' own memory would stay behind in pieces."""
-
-    def __init__(self, frames: Tensor, weight: Tensor):
-        self._free: SimpleQueue[_Space] = SimpleQueue()
-        sizes = [stop - first for first, stop in pairwise(_cuts(-(-len(frames) // TILE), BLOCK))]
-        for _ in range(min(torch.get_num_threads(), len(sizes))):
-            self._free.put(_Space(frames, weight, max(sizes)))
-
-    @contextmanager
-    def one(self) -> Iterator[_Space]:
-        """Lend a space to a thread."""
-        space = self._free.get()
-        try:
-            yield space
-        finally:
-            self._free.put(space)
-
-
-def _transformed(weight: Tensor) -> Tensor:
-    """Return the eight weights (8, C, C') of a kernel (C', C, 3).
-
-    They are not kept: that would take two and a half times the weights' memory, to save a twentieth of the time.
-    """
-    out = weight.new_empty(len(weight), TILE + 2, weight.shape[1])
-
-    def block(first: int, stop: int) -> None:
-        torch.bmm(_WEIGHTS.expand(stop - first, -1, -1), weight[first:stop].mT, out=out[first:stop])
-
-    _side_by_side(block, len(weight), len(weight))
-    return out.permute(1, 2, 0)
-
-
-def _side_by_side(job: Callable[[int, int], None], count: int, block: int) -> None:
-    """Call job(first, stop) for blocks of `count` things, of at most `block`, each thread with blocks of its own.
-
-    So no thread waits for another one within a block, which is faster than all of them on every operation.
-    """
-    threads, cuts = torch.get_num_threads(), _cuts(count, block)
-
-    def in_thread(first: int, stop: int) -> None:
-        with torch.inference_mode():  # whether gradients are wanted is each thread's own
-            job(first, stop)
-
-    list((map if threads == 1 else _pool(threads).map)(in_thread, cuts[:-1], cuts[1:]))
-
-
-def _cuts(count: int, block: int) -> list[int]:
-    """Return where blocks of `count` things begin and end: as many for each thread, of at most `block`."""
-    threads = torch.get_num_threads()
-    num_blocks = min(count, -(-count // (block * threads)) * threads)
-    return [count * i // num_blocks for i in range(num_blocks + 1)]
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    """Return as many threads, each of which computes alone."""
-    pool, all_begun = ThreadPoolExecutor(threads), Barrier(threads)
-
-    def begin(_: int) -> None:
-        torch.set_num_threads(1)
-        all_begun.wait()
-
-    list(pool.map(begin, range(threads)))
-    torch.set_num_threads(threads)  # the last call counts for threads that others begin
-    return pool
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not live on in a forked process
+_SPACE = _Space()

@@ -7,15 +7,21 @@ float32 a few frames are convolved directly, many by `repcodec.conv`'s faster wa
 Axes: T frames, N codes an utterance, D feature width, K codebooks.
 """
 
+import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
+from itertools import chain
+from threading import Barrier
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from repcodec.conv import TILE
 
-PACK = 6144
+PACK = 1152
 """Frames that are run at once, at most; a longer utterance is cut into windows of so many."""
 
 
@@ -101,31 +107,87 @@ def _in_windows(
     # Windows begin where tiles do, as utterances in a pack: the same sums, the same rounding.
     unit = TILE * down
     size, reach = max(unit, PACK // up // unit * unit), -(-reach // unit) * unit
-    waiting: list[tuple[Tensor, slice, bool]] = []  # rows, which of the results count, whether an utterance ends here
-    parts: list[Tensor] = []
 
-    def results() -> Iterator[Tensor]:
-        for result, (_, kept, ends) in zip(run([rows for rows, _, _ in waiting]), waiting, strict=True):
-            parts.append(result[kept])
-            if ends:
+    def packs() -> Iterator[list[_Window]]:
+        pack: list[_Window] = []
+        for utterance in utterances:
+            for first in range(0, max(1, len(utterance)), size):
+                before, stop = min(first, reach), first + size
+                ends = stop >= len(utterance)
+                rows = utterance[first - before : min(stop + reach, len(utterance))]
+                kept = slice(before // down * up, None if ends else (before + size) // down * up)
+                if pack and sum(len(window.rows) for window in pack) + len(rows) > size:
+                    yield pack
+                    pack = []
+                pack.append(_Window(rows, kept, ends))
+        if pack:
+            yield pack
+
+    parts: list[Tensor] = []
+    for pack, results in _side_by_side(lambda pack: run([window.rows for window in pack]), packs()):
+        for window, result in zip(pack, results, strict=True):
+            parts.append(result[window.kept])
+            if window.ends:
                 yield torch.cat(parts) if len(parts) > 1 else parts[0]
                 parts.clear()
-        waiting.clear()
 
-    room = size
-    for utterance in utterances:
-        for first in range(0, max(1, len(utterance)), size):
-            before, stop = min(first, reach), first + size
-            ends = stop >= len(utterance)
-            rows = utterance[first - before : min(stop + reach, len(utterance))]
-            kept = slice(before // down * up, None if ends else (before + size) // down * up)
-            if waiting and len(rows) > room:
-                yield from results()
-                room = size
-            waiting.append((rows, kept, ends))
-            room -= len(rows)
-    if waiting:
-        yield from results()
+
+class _Window(NamedTuple):
+    """Part of an utterance.
+
+    Attributes:
+        rows: with those before and after that its results depend on.
+        kept: which of the results are its own.
+        ends: whether the utterance ends here.
+    """
+
+    rows: Tensor
+    kept: slice
+    ends: bool
+
+
+def _side_by_side(
+    job: Callable[[list[_Window]], list[Tensor]], packs: Iterator[list[_Window]]
+) -> Iterator[tuple[list[_Window], list[Tensor]]]:
+    """Yield each pack and its results in order; on a CPU each thread computes a pack of its own.
+
+    So no thread waits for another one within a pack, which is faster than all of them on every operation.
+    """
+    first, second = next(packs, None), next(packs, None)
+    if first is None:
+        return
+    threads = torch.get_num_threads() if first[0].rows.device.type == "cpu" else 1
+    if second is None or threads == 1:
+        for pack in chain([first], [] if second is None else [second], packs):
+            yield pack, job(pack)
+        return
+    running: deque[tuple[list[_Window], Future[list[Tensor]]]] = deque()
+    pool = _pool(threads)
+    for pack in chain([first, second], packs):
+        if len(running) > threads:  # one waits, so that no thread does
+            done, results = running.popleft()
+            yield done, results.result()
+        running.append((pack, pool.submit(job, pack)))
+    for done, results in running:
+        yield done, results.result()
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Return as many threads, each of which computes alone."""
+    pool, all_begun = ThreadPoolExecutor(threads), Barrier(threads)
+
+    def begin(_: int) -> None:
+        torch.set_num_threads(1)
+        all_begun.wait()
+
+    list(pool.map(begin, range(threads)))
+    torch.set_num_threads(threads)  # the last call counts for threads that others begin
+    return pool
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not live on in a forked process
 
 
 def encode_stream(tokenizer: Tokenizer, chunks: Iterable[Tensor]) -> Iterator[Tensor]:

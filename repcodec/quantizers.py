@@ -80,7 +80,7 @@ def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
     # |z - e|^2 less |z|^2, which is the same for every code.
     half_norms = codebook.square().sum(1) / 2
     with torch.autocast(z.device.type, enabled=False):
-        blocks = [torch.addmm(half_norms, block, codebook.T, alpha=-1).argmin(1) for block in z.split(4096)]
+        blocks = [torch.addmm(half_norms, block, codebook.T, alpha=-1).argmin(1) for block in z.split(512)]
     return torch.cat(blocks)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from repcodec.architecture import Architecture
-from repcodec.conv import TILE, FrameConv, residual_unit
+from repcodec.conv import TILE, FrameConv, add_residual
 
 
 def frame_mask(lengths: Tensor, num_frames: int) -> Tensor:
@@ -72,9 +72,11 @@ class ResidualUnit(nn.Module):
         self.pointwise = _same_conv(channels, channels, 1)
 
     def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:
-        """(B, C, T), zero where it is not `valid` -> the same."""
+        """(B, C, T), zero where it is not `valid` -> the same; in inference x itself may be changed."""
         if self.conv.is_fast(x) and self.pointwise.is_fast(x):
-            return zeroed(residual_unit(x[0].mT.contiguous(), self.conv.weight, self.pointwise.weight).mT[None], valid)
+            return zeroed(
+                add_residual(x[0].mT.contiguous(), self.conv.transformed(), self.pointwise.weight).mT[None], valid
+            )
         # ELU(0) = 0, so what goes into the convolution is zero there too.
         inner = self.conv(nn.functional.elu(x))
         branch = self.pointwise(nn.functional.elu(inner))

@@ -1,5 +1,7 @@
 """Codes do not depend on batch size, order, packing or windows, nor on how frames arrive."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -223,3 +225,40 @@ def test_float32_with_the_fast_convolutions_gives_the_same_codes_but_for_ties(st
             assert ((second - best) / best)[wrong].lt(1e-5).all()
             ties += int(wrong.sum())
     assert ties <= 2
+
+
+@pytest.fixture
+def two_threads():
+    """As many threads in this process, whatever it began with."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_threads_side_by_side_change_no_code(tokenizer, utterances, two_threads, monkeypatch):
+    monkeypatch.setattr(packing, "PACK", 40)
+    names = set()
+
+    def run(pieces, encode=tokenizer.encode_pieces):
+        names.add(threading.current_thread().name)
+        return encode(pieces)
+
+    monkeypatch.setattr(tokenizer, "encode_pieces", run)
+    same(packed(tokenizer, utterances), alone(tokenizer, utterances))
+    assert len(names) == 2 and threading.main_thread().name not in names
+    names.clear()
+    same(packed(tokenizer, utterances[-1:]), alone(tokenizer, utterances)[-1:])
+    assert names == {threading.main_thread().name}, "a pack alone has all threads"
+
+
+def test_what_fails_in_a_thread_fails_here(utterances, two_threads, monkeypatch):
+    monkeypatch.setattr(packing, "PACK", 40)
+    codec = make_codec(8)
+
+    def run(pieces):
+        raise ValueError("a pack of its own")
+
+    monkeypatch.setattr(codec, "encode_pieces", run)
+    with pytest.raises(ValueError, match="a pack of its own"):
+        packed(codec, utterances)
