@@ -8,6 +8,9 @@ from dataclasses import asdict, dataclass, fields
 from math import ceil, prod
 from typing import Any
 
+MOST_REACH = 100_000
+"""Frames that a code may look away at most, half an hour; a damaged config.json may say anything."""
+
 FRAME_RATE = 50.0
 """Frames per second where nothing says how many: those of every speech encoder here."""
 
@@ -31,7 +34,7 @@ class Architecture:
             without a code. False in codecs converted from the published format, where a rest at the end has none.
 
     Raises:
-        ValueError: lists of different lengths, unequal total strides, an even kernel, or a number below 1.
+        ValueError: lists of different lengths, unequal total strides, an even kernel, a number below 1, or a code that looks too far.
     """
 
     dim: int
@@ -74,6 +77,8 @@ class Architecture:
             raise ValueError(
                 f"enc_strides {self.enc_strides} and dec_strides {self.dec_strides} must have the same product"
             )
+        if max(*self.reach, self.decoder_reach * self.stride) > MOST_REACH:
+            raise ValueError(f"kernel sizes, dilations and strides make a code look more than {MOST_REACH} frames away")
 
     def options(self) -> dict[str, Any]:
         """Return all options as plain values, for config.json."""

@@ -37,6 +37,8 @@ def test_number_of_codes(strides, pad, counts):
     ("options", "message"),
     [
         ({"enc_ratios": (1,)}, "as many ratios as strides"),
+        ({"enc_block_dilations": (10**9,)}, "frames away"),
+        ({"dec_block_kernel_size": 10**9 + 1}, "frames away"),
         ({"enc_strides": (2, 1)}, "same product"),
         ({"enc_kernel_size": 4}, "kernel size 4"),
         ({"enc_block_kernel_size": 2}, "kernel size 2"),
