@@ -34,7 +34,8 @@ class Architecture:
             without a code. False in codecs converted from the published format, where a rest at the end has none.
 
     Raises:
-        ValueError: lists of different lengths, unequal total strides, an even kernel, a number below 1, or a code that looks too far.
+        ValueError: lists of different lengths, unequal total strides, an even kernel, a number below 1, or a code that
+            looks too far.
     """
 
     dim: int
