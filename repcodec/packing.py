@@ -24,6 +24,9 @@ from repcodec.conv import TILE
 PACK = 1152
 """Frames that are run at once, at most; a longer utterance is cut into windows of so many."""
 
+SIDE_BY_SIDE = 8
+"""Packs that are run at the same time on a CPU, at most; each takes some 60 MB at width 768."""
+
 
 class Rows(Protocol):
     """What has rows: a tensor, or something that reads them when they are asked for."""
@@ -164,7 +167,7 @@ def _side_by_side(
     running: deque[tuple[list[_Window], Future[list[Tensor]]]] = deque()
     pool = _pool(threads)
     for pack in chain([first, second], packs):
-        if len(running) > threads:  # one waits, so that no thread does
+        if len(running) > min(threads, SIDE_BY_SIDE):  # one waits, so that no thread does
             done, results = running.popleft()
             yield done, results.result()
         running.append((pack, pool.submit(job, pack)))
@@ -174,14 +177,16 @@ def _side_by_side(
 
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
-    """Return as many threads, each of which computes alone."""
-    pool, all_begun = ThreadPoolExecutor(threads), Barrier(threads)
+    """Return threads that share `threads` cores; up to SIDE_BY_SIDE each of them computes alone."""
+    workers = min(threads, SIDE_BY_SIDE)
+    pool, all_begun = ThreadPoolExecutor(workers), Barrier(workers)
 
     def begin(_: int) -> None:
-        torch.set_num_threads(1)
+        torch.get_num_threads()  # a thread's first question sets the number anew
+        torch.set_num_threads(threads // workers)
         all_begun.wait()
 
-    list(pool.map(begin, range(threads)))
+    list(pool.map(begin, range(workers)))
     torch.set_num_threads(threads)  # the last call counts for threads that others begin
     return pool
 

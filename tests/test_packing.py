@@ -242,6 +242,7 @@ def test_threads_side_by_side_change_no_code(tokenizer, utterances, two_threads,
 
     def run(pieces, encode=tokenizer.encode_pieces):
         names.add(threading.current_thread().name)
+        assert torch.get_num_threads() == 1 + (threading.current_thread() is threading.main_thread())
         return encode(pieces)
 
     monkeypatch.setattr(tokenizer, "encode_pieces", run)
@@ -250,6 +251,23 @@ def test_threads_side_by_side_change_no_code(tokenizer, utterances, two_threads,
     names.clear()
     same(packed(tokenizer, utterances[-1:]), alone(tokenizer, utterances)[-1:])
     assert names == {threading.main_thread().name}, "a pack alone has all threads"
+
+
+def test_many_cores_run_no_more_packs_than_memory_has_room_for(utterances, two_threads, monkeypatch):
+    monkeypatch.setattr(packing, "PACK", 12)
+    monkeypatch.setattr(packing, "SIDE_BY_SIDE", 2)
+    packing._pool.cache_clear()
+    torch.set_num_threads(6)
+    codec, threads = make_codec(8), {}
+
+    def run(pieces, encode=codec.encode_pieces):
+        threads[threading.current_thread().name] = torch.get_num_threads()
+        return encode(pieces)
+
+    monkeypatch.setattr(codec, "encode_pieces", run)
+    same(packed(codec, utterances), alone(codec, utterances))
+    packing._pool.cache_clear()
+    assert list(threads.values()) == [3, 3]
 
 
 def test_what_fails_in_a_thread_fails_here(utterances, two_threads, monkeypatch):
