@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import warnings
 from pathlib import Path
 
@@ -11,22 +12,17 @@ from hydra.utils import instantiate
 from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
 
-from repcodec.errors import RepCodecError, one_sentence
+from repcodec.checkpointing import find_checkpoint
+from repcodec.errors import one_sentence
+from repcodec.logs import open_logs
 from repcodec.speech_encoders import EncoderSpec
+from repcodec.sweeps import in_sweep, run_job
 
 log = logging.getLogger("repcodec")
-# Advice about workers and intervals that do not fit batches read from a memory map.
-warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-warnings.filterwarnings("ignore", message=".*number of training batches.*")
-warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-# Which devices there are and which products to try.
-logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
 
 
 def train(config: DictConfig) -> float:
     """Train as configured; return the best validation's normalized reconstruction error."""
-    if config.ckpt_path is not None and not Path(config.ckpt_path).is_file():
-        raise RepCodecError(f"ckpt_path={config.ckpt_path}: no such checkpoint; a run has its own in checkpoints/.")
     EncoderSpec(**config.encoder).valid_layer(config.layer)
     L.seed_everything(config.seed, workers=True, verbose=False)
     run_dir = Path(config.run_dir)
@@ -34,16 +30,22 @@ def train(config: DictConfig) -> float:
     module = instantiate(config.module)
     loggers = [instantiate(logger) for logger in config.logger.values()]
     callbacks = {name: instantiate(callback) for name, callback in config.callbacks.items()}
-    trainer = instantiate(config.trainer, logger=loggers, callbacks=list(callbacks.values()))
+    every = config.trainer.val_check_interval * config.trainer.get("accumulate_grad_batches", 1)  # Lightning's: batches
+    trainer = instantiate(config.trainer, logger=loggers, callbacks=list(callbacks.values()), val_check_interval=every)
+    start = find_checkpoint(config.ckpt_path, run_dir / "checkpoints")
+    if start is not None:
+        start.check_fits(module.codec, config.encoder.name, config.layer)
+        if 0 <= trainer.max_steps <= start.step:
+            log.info("%s is finished: %d steps. A larger trainer.max_steps goes on.", run_dir, start.step)
+            return start.best
+    if trainer.is_global_zero:
+        open_logs(loggers, run_dir, start.step if start else None)
+        OmegaConf.save(config, run_dir / "config.yaml", resolve=True)
     for logger in loggers:
         logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))
-    if trainer.is_global_zero:
-        OmegaConf.save(config, run_dir / "config.yaml", resolve=True)
     status = 1
     try:
-        trainer.fit(module, data, ckpt_path=config.ckpt_path, weights_only=True)
-        if trainer.global_step % config.trainer.val_check_interval:  # the last steps have no checkpoint yet
-            trainer.save_checkpoint(run_dir / "checkpoints" / "last.ckpt")
+        trainer.fit(module, data, ckpt_path=start.path if start else None, weights_only=True)
         status = 0
     finally:
         for logger in loggers:
@@ -51,13 +53,24 @@ def train(config: DictConfig) -> float:
                 logger.experiment.finish(exit_code=status)  # says where the run lies and how to sync it
     saved = callbacks["save_codec"]
     if trainer.is_global_zero:
+        if callbacks["checkpoints"].stopped:
+            sys.exit(143)  # as a process that SIGTERM ended
         log.info("Codec of the best validation, normalized error %.4f: %s", saved.best, saved.folder)
     return saved.best
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(config: DictConfig) -> float:
-    """Run one job; a user's mistake ends in one sentence and exit code 1."""
+    """Run one job; a user's mistake ends in one sentence and exit code 1, or with the sweep whose job it is."""
+    # Here and not above, for the processes too in which a launcher runs a sweep's jobs.
+    # Advice about workers and intervals that do not fit batches read from a memory map.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*number of training batches.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    # Which devices there are and which products to try.
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    if in_sweep():
+        return run_job(train, config, __file__)
     with one_sentence():
         return train(config)
 

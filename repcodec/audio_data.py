@@ -17,8 +17,9 @@ from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from repcodec.audio import SAMPLE_RATE
 from repcodec.cuts import Shar, num_samples, open_sounds, read_cut
-from repcodec.data import SAMPLE_FRAMES, Batch, FeaturesDataModule, ResumableLoader
+from repcodec.data import SAMPLE_FRAMES, Batch, FeaturesDataModule
 from repcodec.errors import RepCodecError
+from repcodec.loaders import ResumableLoader
 from repcodec.manifest import SoundList
 from repcodec.shards import check_source, found_at
 from repcodec.speech_encoders import BATCH_SECONDS, EncoderSpec, SpeechEncoder, batches_of, load_speech_encoder

@@ -5,10 +5,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from tqdm import tqdm
 
 from repcodec.codec import RepCodec
@@ -22,9 +20,15 @@ class CodecStart(L.Callback):
     A resumed run is left alone.
     """
 
-    def __init__(self, max_frames: int = 200_000):
-        """Take how many frames of the training set k-means sees at most."""
-        self.max_frames = max_frames
+    def __init__(self, max_frames: int = 200_000, identity: bool = True, kmeans: bool = True):
+        """Take what to do; the features are scaled in any case.
+
+        Args:
+            max_frames: how many frames of the training set k-means sees at most.
+            identity: let the stacks hand their input on unchanged; False leaves their random start.
+            kmeans: place the codes by k-means; False leaves their random start.
+        """
+        self.max_frames, self.identity, self.kmeans = max_frames, identity, kmeans
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Start the codec, unless a checkpoint was loaded."""
@@ -34,10 +38,13 @@ class CodecStart(L.Callback):
         codec, data = module.codec, trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it on attach
         codec.feature_mean.copy_(data.statistics.mean)
         codec.feature_scale.fill_(data.statistics.scale)
-        codec.start_as_identity()
+        if self.identity:
+            codec.start_as_identity()
+        if not self.kmeans:
+            return
         if trainer.global_rank == 0:
             vectors = self._vectors(codec, data, module.device)
-            tqdm.write(f"k-means of {codec.codebook_size} codes starts the codebook …")
+            tqdm.write(f"The quantizer of {codec.codebook_size} codes starts from {len(vectors):,} frames …")
         else:  # rank 0 sees the same frames in the same order, however many ranks there are, and shares the codes
             vectors = torch.empty(0, codec.quantizer.dim, device=module.device)
         codec.quantizer.start(vectors, data.seed)
@@ -46,19 +53,21 @@ class CodecStart(L.Callback):
     def _vectors(self, codec: RepCodec, data: FeaturesDataModule, device: torch.device) -> torch.Tensor:
         """Return what the quantizer sees of up to `max_frames` frames of the training set: (N, C)."""
         total = min(self.max_frames, int(data.train.lengths.sum()))
-        found: dict[int, torch.Tensor] = {}
+        found: list[tuple[int, torch.Tensor]] = []  # an utterance may come several times
         codec.eval()
         with tqdm(total=total, desc="Frames for k-means", unit="frame", unit_scale=True) as bar:
             for batch in data.start_batches():
                 vectors = codec.vectors(batch.features.to(device), batch.lengths.to(device))
                 counts = -(-batch.lengths // codec.stride)
-                found |= dict(zip(batch.utterances.tolist(), vectors.split(counts.tolist()), strict=True))
+                found += zip(batch.utterances.tolist(), vectors.split(counts.tolist()), strict=True)
                 bar.update(min(int(batch.lengths.sum()), total - bar.n))
                 if bar.n >= total:
                     break
         codec.train()
         # In the split's order, as the k-means baseline sees it: the same frames then start the same codes.
-        return torch.cat([found[utterance] for utterance in sorted(found)])[: self.max_frames]
+        ordered = torch.cat([rows for _, rows in sorted(found, key=lambda one: one[0])])
+        kept = min(len(ordered), self.max_frames)
+        return ordered[torch.arange(kept, device=device) * len(ordered) // kept]
 
 
 class ValidateEnds(L.Callback):
@@ -81,9 +90,11 @@ class ValidateEnds(L.Callback):
             self._validate(trainer)
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Validate the end, if no validation fell there."""
-        if self.validated_at < trainer.global_step:
+        """Validate the end, if no validation fell there; where a signal stopped the run, there is no end."""
+        if self.validated_at < trainer.global_step and not trainer.interrupted:
+            trainer.fit_loop.epoch_loop._batches_that_stepped -= 1  # in the logs the last step's number, as in between
             self._validate(trainer)
+            trainer.fit_loop.epoch_loop._batches_that_stepped += 1
 
     def _validate(self, trainer: L.Trainer) -> None:
         """Run the validation as Lightning does between two steps."""
@@ -97,7 +108,7 @@ class ValidateEnds(L.Callback):
 class SaveCodec(L.Callback):
     """Saves the codec of the best validation after step 0: config.json, model.safetensors and the model card.
 
-    Like Lightning's ModelCheckpoint it passes over step 0, so that best.ckpt and the saved codec are the same.
+    Like `Checkpoints` it passes over step 0, so that best.ckpt and the saved codec are the same.
     Every checkpoint describes its codec too, under "codec", for `RepCodec.from_lightning`.
     """
 
@@ -154,25 +165,6 @@ class SaveCodec(L.Callback):
     def load_state_dict(self, state_dict: dict) -> None:
         """Go on comparing with a checkpoint's best."""
         self.best = state_dict["best"]
-
-
-class UsageHistogram(L.Callback):
-    """Shows how often each code was used, sorted, after every validation: in W&B and TensorBoard."""
-
-    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Log one histogram a codebook: log10 of 1 + the frames of each code."""
-        assert isinstance(module, CodecModule)
-        if not trainer.is_global_zero:
-            return
-        for k, counts in enumerate(module.valid_counts.cpu().numpy()):
-            values, name = np.log10(1 + counts), f"valid/log10_code_counts_{k}"
-            for logger in trainer.loggers:
-                if isinstance(logger, WandbLogger):
-                    import wandb
-
-                    logger.experiment.log({name: wandb.Histogram(values), "trainer/global_step": trainer.global_step})
-                elif isinstance(logger, TensorBoardLogger):
-                    logger.experiment.add_histogram(name, values, trainer.global_step)
 
 
 class StepProgress(ProgressBar):

@@ -134,7 +134,7 @@ def read_published(path: Path | str, config: Path | str | dict | None = None) ->
     import torch
 
     path = Path(path).expanduser()
-    loaded = _read_pickle(path)
+    loaded = read_pickle(path)
     model = loaded.get("model") if isinstance(loaded, dict) else None
     state: Any = model.get("repcodec") if isinstance(model, dict) else None
     first = state.get("encoder.conv.conv.weight") if isinstance(state, dict) else None
@@ -182,7 +182,7 @@ def read_lightning(path: Path | str) -> "tuple[dict, dict[str, Tensor]]":
         RepCodecError: the file is unreadable, would run code, holds no codec, or does not describe it.
     """
     path = Path(path).expanduser()
-    loaded = _read_pickle(path)
+    loaded = read_pickle(path)
     state = loaded.get("state_dict") if isinstance(loaded, dict) else None
     state = state if isinstance(state, dict) else {}
     tensors = {
@@ -232,7 +232,7 @@ def fill(module: "nn.Module", tensors: "dict[str, Tensor]", source: Path | str) 
     module.load_state_dict(copies, assign=True)
 
 
-def _read_pickle(path: Path) -> Any:
+def read_pickle(path: Path) -> Any:
     """Read a file that torch.save made, tensors and plain values only.
 
     Raises:

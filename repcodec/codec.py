@@ -18,8 +18,9 @@ from repcodec.architecture import Architecture
 from repcodec.checkpoint import fill, load_tensors, read_config, read_lightning, read_published, save_folder
 from repcodec.errors import RepCodecError
 from repcodec.hub import local_folder, push
+from repcodec.library_quantizers import QUANTIZERS
 from repcodec.packing import encode_packed
-from repcodec.quantizers import NO_CODE, QUANTIZERS, EMAQuantizer, Quantizer, QuantizerOutput
+from repcodec.quantizers import NO_CODE, EMAQuantizer, Quantizer, QuantizerOutput
 from repcodec.stacks import DecoderStack, EncoderStack, frame_mask, packed, start_as_identity
 
 OPTIONS = [field.name for field in fields(Architecture)]

@@ -5,7 +5,7 @@ is decided by a sampler, from the seed and the batch's number alone: workers onl
 changes nothing, and a resumed run goes on where the last one stopped.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,10 +15,13 @@ import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from repcodec.errors import RepCodecError
 from repcodec.labels import PhoneLabels
+from repcodec.loaders import CropSampler, ReadAheadLoader, ResumableLoader
+from repcodec.mixture import FeatureMix, whole_weights
 from repcodec.shards import FeatureShards
 from repcodec.speech_encoders import encoder_table
 
@@ -70,68 +73,6 @@ class ShardDataset(Dataset):
         return Batch(torch.from_numpy(features), torch.from_numpy(lengths), torch.tensor(utterances))
 
 
-class CropSampler(Sampler):
-    """Random crops in an endless random order, cut into batches; only this rank's rows are given.
-
-    The order is one shuffle of the utterances after another, each used up before the next, so all batches
-    are full. Utterances without a frame are left out. Batch number n is a function of n and the seed.
-
-    Attributes:
-        position: the number of the next batch.
-    """
-
-    def __init__(self, lengths: np.ndarray, num_frames: int, batch_size: int, seed: int, rank: int, world_size: int):
-        """Take lengths (N,) in frames, the crop's frames, the batch size of one rank, and this rank's place."""
-        self.utterances = np.flatnonzero(lengths)
-        self.lengths, self.num_frames, self.batch_size, self.seed = lengths, num_frames, batch_size, seed
-        self.rank, self.world_size = rank, world_size
-        self.position = 0
-        self._shuffle: tuple[int, np.ndarray] = (-1, self.utterances)
-
-    def __len__(self) -> int:
-        """Return how many batches take every utterance about once: an epoch."""
-        return max(1, -(-len(self.utterances) // (self.batch_size * self.world_size)))
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        """Yield this epoch's batches from `position` on, as (utterance, first frame) pairs."""
-        for number in range(self.position, (self.position // len(self) + 1) * len(self)):
-            yield self.batch(number)
-
-    def batch(self, number: int) -> list[tuple[int, int]]:
-        """Return this rank's rows of batch `number`."""
-        first = (number * self.world_size + self.rank) * self.batch_size
-        return [self._crop(place) for place in range(first, first + self.batch_size)]
-
-    def _crop(self, place: int) -> tuple[int, int]:
-        shuffle, index = divmod(place, len(self.utterances))
-        if self._shuffle[0] != shuffle:
-            self._shuffle = shuffle, np.random.default_rng([self.seed, shuffle]).permutation(self.utterances)
-        utterance = int(self._shuffle[1][index])
-        room = int(self.lengths[utterance]) - self.num_frames
-        start = int(np.random.default_rng([self.seed, shuffle, utterance]).integers(room + 1)) if room > 0 else 0
-        return utterance, start
-
-
-class ResumableLoader(DataLoader):
-    """A DataLoader over a sampler with a `position`; its state is the number of batches given out."""
-
-    sampler: Any
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch names its own iterator class
-        """Yield batches up to the end of the epoch that the sampler stands in."""
-        for batch in super().__iter__():
-            self.sampler.position += 1
-            yield batch
-
-    def state_dict(self) -> dict:
-        """Return the state that Lightning puts into a checkpoint."""
-        return {"position": self.sampler.position}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Go on after the batches of a checkpoint."""
-        self.sampler.position = state["position"]
-
-
 class FeaturesDataModule(L.LightningDataModule):
     """Contract: training crops and whole validation and test utterances, as features of one speech encoder's layer.
 
@@ -166,7 +107,7 @@ class FeaturesDataModule(L.LightningDataModule):
             batch_size: crops a batch and rank.
             crop: T, frames a crop; a shorter utterance is padded and masked.
             seed: of order and crops.
-            num_workers: processes that read ahead.
+            num_workers: processes that read ahead, threads where that takes no computing.
             whole_frames: at most so many frames, padding included, in a batch of whole utterances.
 
         Raises:
@@ -245,7 +186,7 @@ class FeaturesDataModule(L.LightningDataModule):
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def train_dataloader(self) -> ResumableLoader:
-        """Return random crops; an epoch takes every utterance about once, the next one goes on from there."""
+        """Return random crops, without end."""
         sampler = CropSampler(self.train.lengths, self.crop, self.batch_size, self.seed, *self._rank())
         return ResumableLoader(
             self.dataset(self.train, self.crop), sampler=sampler, batch_size=None, num_workers=self.num_workers
@@ -264,10 +205,17 @@ class FeaturesDataModule(L.LightningDataModule):
         """Return the whole utterances of the training split, all on this rank, in random order: to start a codec."""
         return self.whole_utterances(self.train, shuffle=True)
 
-    def whole_utterances(self, split: Any, rank: int = 0, world_size: int = 1, shuffle: bool = False) -> DataLoader:
-        """Return batches of whole utterances, this rank's share of them, each sorted by length."""
-        order = np.argsort(split.lengths, kind="stable")
-        order = order[split.lengths[order] > 0][rank::world_size]
+    def whole_utterances(
+        self,
+        split: Any,
+        rank: int = 0,
+        world_size: int = 1,
+        shuffle: bool = False,
+        chosen: np.ndarray | None = None,
+    ) -> DataLoader:
+        """Return batches of whole utterances, this rank's share of them, each sorted by length; None: of all."""
+        chosen = np.flatnonzero(split.lengths) if chosen is None else chosen
+        order = chosen[np.argsort(split.lengths[chosen], kind="stable")][rank::world_size]
         batches: list[list[tuple[int, int]]] = [[]]
         for utterance in order.tolist():
             if batches[-1] and (len(batches[-1]) + 1) * split.lengths[utterance] > self.whole_frames:
@@ -282,46 +230,100 @@ class FeaturesDataModule(L.LightningDataModule):
 
 
 class ShardsDataModule(FeaturesDataModule):
-    """Batches out of feature shards."""
+    """Batches out of feature shards of one folder, or of several that are mixed."""
 
     def __init__(
-        self, *, dim: int, encoder: str, layer: int, root: str | None = None, dir: str | None = None, **options
+        self,
+        *,
+        dim: int,
+        encoder: str,
+        layer: int,
+        root: str | Mapping[str, float] | None = None,
+        dir: str | Mapping[str, float] | None = None,
+        check: bool = False,
+        **options,
     ):
         """Describe where the splits train/, valid/ and test/ lie; nothing is opened yet.
 
         Args:
             dim: D.
             encoder, layer: of the features; they name the folder below `root`.
-            root: holds `<encoder>/l<layer>/<split>/`, as `repcodec extract` writes.
+            root: holds `<encoder>/l<layer>/<split>/`, as `repcodec extract` writes; or several, each with its weight:
+                rows of a training batch are drawn from them in that proportion, while validation and test are all
+                that they hold of it.
             dir: holds `<split>/` itself, instead of `root`.
+            check: whether to read all training and validation features once before training.
             options: see `FeaturesDataModule`.
 
         Raises:
-            RepCodecError: neither `root` nor `dir` is given, or a number is not positive.
+            RepCodecError: neither `root` nor `dir` is given, a weight is no number above 0, or a number is not
+                positive.
         """
         super().__init__(dim=dim, encoder=encoder, layer=layer, **options)
-        if dir is None and root is None:
+        places = dir if dir is not None else root
+        if not places:
             raise RepCodecError("data.root and data.dir are both unset: say where the feature shards lie.")
-        self.dir = Path(dir) if dir is not None else Path(str(root)) / encoder / f"l{layer}"
-        self.source = str(self.dir)
+        weights = dict(places) if isinstance(places, Mapping) else {places: 1}
+        self.weights = whole_weights(weights)
+        self.dirs = [Path(place) if dir is not None else Path(place) / encoder / f"l{layer}" for place in weights]
+        self.source = str(self.dirs[0])
+        if len(weights) > 1:
+            self.source = " + ".join(f"{weight} x {one}" for weight, one in zip(self.weights, self.dirs, strict=True))
+        self.check = check
+
+    def prepare_data(self) -> None:
+        """Where that is asked for, read all features of training and validation once.
+
+        Raises:
+            RepCodecError: a shard is damaged; names the file.
+        """
+        for name in ("train", "valid") if self.check else ():
+            split = self.split(name)
+            for utterance in tqdm(range(len(split)), desc=f"Checking the features, {name}", unit="utt"):
+                split.read(utterance)
+
+    def setup(self, stage: str) -> None:
+        """Open both splits before training does anything else.
+
+        Raises:
+            RepCodecError: one is missing or broken.
+        """
+        if stage == "fit":
+            assert len(self.train) and len(self.valid)
 
     def has_split(self, name: str) -> bool:
         """Say whether there is a folder of that name."""
-        return (self.dir / name).is_dir()
+        return any((one / name).is_dir() for one in self.dirs)
 
     def split(self, name: str) -> FeatureShards:
-        """Open a split.
+        """Open a split; of several roots the training split is their mixture, another one all that there is of it.
 
         Raises:
             RepCodecError: it is missing or broken; the sentence says which command makes it.
         """
-        folder = self.dir / name
-        if not folder.is_dir():
-            raise RepCodecError(
-                f"{folder} does not exist: no {name} features of {self.encoder} layer {self.layer}; make them with "
-                f"`repcodec extract {name}.tsv ROOT --encoder {self.encoder} --layer {self.layer}` and data.root=ROOT, "
-                "name another folder of splits with data.dir, or train from sound with data=audio."
-            )
-        shards = FeatureShards(folder, self.dim)
+        folders = [one / name for one in self.dirs]
+        if name != "train" and self.has_split(name):
+            folders = [folder for folder in folders if folder.is_dir()]
+        for folder in folders:
+            if not folder.is_dir():
+                raise RepCodecError(
+                    f"{folder} does not exist: no {name} features of {self.encoder} layer {self.layer}; make them with "
+                    f"`repcodec extract {name}.tsv ROOT --encoder {self.encoder} --layer {self.layer}` and "
+                    "data.root=ROOT, name another folder of splits with data.dir, or train from sound with data=audio."
+                )
+        mixed = name == "train" and len(folders) > 1
+        shards = FeatureMix(folders, self.weights, self.dim) if mixed else FeatureShards(folders, self.dim)
         shards.check_source(self.encoder, self.layer)
         return shards
+
+    def train_dataloader(self) -> ResumableLoader:
+        """See `FeaturesDataModule`; threads read ahead."""
+        sampler = CropSampler(
+            self.train.lengths, self.crop, self.batch_size, self.seed, *self._rank(), self.train.folder_of, self.weights
+        )
+        return ReadAheadLoader(self.dataset(self.train, self.crop), sampler, self.num_workers)
+
+    def start_batches(self) -> Iterable[Batch]:
+        """See `FeaturesDataModule`; of several roots each is there by weight."""
+        chosen = self.train.by_weight(self.seed) if isinstance(self.train, FeatureMix) else None
+        return self.whole_utterances(self.train, shuffle=True, chosen=chosen)

@@ -306,7 +306,8 @@ class DemoDataModule(ShardsDataModule):
         encoder = load_speech_encoder(spec, self.layer, model)
         for split in SPLITS:
             manifest = Manifest.read(self.corpus / f"{split}.tsv")
-            extract(manifest, self.dir / split, spec, encoder, model=model, description=f"Features, {split}")
+            extract(manifest, self.dirs[0] / split, spec, encoder, model=model, description=f"Features, {split}")
+        super().prepare_data()
 
 
 def split_recordings(audio: Path, folder: Path, seed: int) -> None:

@@ -1,8 +1,14 @@
 """The one error class for what a user can mend, and how an entry point shows it."""
 
+import difflib
+import errno
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
+
+EXTRAS = {"optuna": "sweep", "joblib": "sweep", "submitit_local": "slurm", "submitit_slurm": "slurm"}
+"""Hydra's plugins, and the extras that bring them."""
 
 
 class RepCodecError(Exception):
@@ -30,17 +36,54 @@ def user_message(error: BaseException) -> str | None:
     if type(error).__module__ == "omegaconf.errors":  # its further lines are of no use to the user
         return first_line(error)
     if type(error).__module__ == "hydra.errors" and not making:
-        return str(error)
+        return _wrong_override(error)
+    if type(error).__module__.startswith("submitit.") or "are you indeed on a slurm cluster" in str(error):
+        return f"the sweep's jobs could not be run by submitit: {first_line(error)}"
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, RepCodecError):
             return str(cause).rpartition("RepCodecError: ")[2].strip()
         if isinstance(cause, OSError) and cause.filename is not None:
             return f"{cause.filename}: {cause.strerror}."
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):  # in a write no file is named
+            return f"{cause.strerror}: free some space, then run the same command again."
         if type(cause).__name__ == "MisconfigurationException" or (making and isinstance(cause, ValueError)):
             return str(cause)
+        if type(cause).__name__ in ("InductorError", "BackendCompilerFailed"):
+            return f"module.compile=true: torch.compile fails ({first_line(cause)}); train with module.compile=false."
+        if _lost_a_rank(cause):
+            return (
+                f"another process of this run has died or no longer answers ({first_line(cause)}); see what it said, "
+                "and start the run again from its last checkpoint."
+            )
         cause = cause.__cause__
     return None
+
+
+def _wrong_override(error: Any) -> str:
+    """Say in one sentence what Hydra says of an override in several lines, with its search path."""
+    quoted = first_line(error).split("'")[1::2]
+    if type(error).__name__ == "MissingConfigException":
+        group, _, option = (error.missing_cfg_file or "").rpartition("/")
+        if option in EXTRAS:
+            return f"{group}={option} needs a plugin: pip install 'repcodec[{EXTRAS[option]}]'."
+        return f"{group}={option}: there is no such option; {group} has {', '.join(error.options or ['none'])}."
+    if quoted and str(error).startswith("Ambiguous value"):
+        return f"{quoted[0]}: several values make a sweep, which needs -m; a list is written key=[value,value]."
+    if quoted and type(error.__cause__).__module__ == "omegaconf.errors":
+        parent = error.__cause__.parent_node or ()
+        near = difflib.get_close_matches(str(error.__cause__.key), map(str, parent), 1)
+        return (
+            f"{quoted[0]}: the configuration has no such option{f'; did you mean {near[0]}?' if near else '.'} "
+            f"--cfg job lists all; an argument that it leaves unsaid is added with a plus, +{quoted[0]}=…"
+        )
+    return str(error)
+
+
+def _lost_a_rank(error: BaseException) -> bool:
+    """Say whether torch.distributed, of which gloo tells no kind of its own, could not reach another process."""
+    kinds = ("DistBackendError", "DistNetworkError", "DistStoreError")
+    return type(error).__name__ in kinds or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
 
 
 @contextmanager

@@ -202,7 +202,7 @@ def _exportable(tokenizer: Tokenizer) -> RepCodec:
     if not isinstance(tokenizer.quantizer, EMAQuantizer):
         raise RepCodecError(
             f'a codec with the quantizer "{tokenizer.quantizer.kind}" cannot be exported: ONNX files are made of '
-            f'codecs with "{EMAQuantizer.kind}", of one or more codebooks.'
+            'codecs with "ema" or "rotation", of one or more codebooks.'
         )
     for name, stack in (("encoder", tokenizer.encoder), ("decoder", tokenizer.decoder)):
         # In float32, as they will stand in the file.

@@ -1,6 +1,7 @@
 """The LightningModule: steps, logging, optimizers, nothing else."""
 
 from collections.abc import Callable
+from typing import Any
 
 import lightning as L
 import torch
@@ -12,6 +13,7 @@ from repcodec.codec import CodecOutput, RepCodec
 from repcodec.data import Batch
 from repcodec.errors import RepCodecError
 from repcodec.metrics import CodeUsage, NormalizedError, reconstruction_loss
+from repcodec.numerics import explain_not_finite, gradient_norm
 from repcodec.quantizers import sum_over_ranks
 from repcodec.stacks import frame_mask
 
@@ -31,6 +33,7 @@ class CodecModule(L.LightningModule):
         reconstruction: str = "l2",
         reconstruction_weight: float = 45.0,
         commitment_weight: float = 1.0,
+        compile: bool = False,
     ):
         """Take finished parts.
 
@@ -40,6 +43,7 @@ class CodecModule(L.LightningModule):
             scheduler: makes the schedule from the optimizer; it moves once a step.
             reconstruction: "l1" or "l2".
             reconstruction_weight, commitment_weight: of the two losses in their sum.
+            compile: whether the stacks run through torch.compile; the quantizer, its updates and logging do not.
 
         Raises:
             ValueError: another `reconstruction`.
@@ -55,9 +59,20 @@ class CodecModule(L.LightningModule):
         self.valid_usage = CodeUsage(codec.num_codebooks, codec.codebook_size)
         self.valid_error: NormalizedError
         self.valid_counts: Tensor
+        self._batches: list[Batch] = []  # since the last step of the optimizer
+        self._total = torch.zeros(())  # of their losses
+        if compile:  # in place: names in checkpoints and saved codecs stay
+            codec.encoder.compile()
+            codec.decoder.compile()
 
     def setup(self, stage: str) -> None:
-        """Make the metric that needs the training set's mean."""
+        """Make the metric that needs the training set's mean.
+
+        Raises:
+            RepCodecError: training shall take no step.
+        """
+        if stage == "fit" and self.trainer.max_steps == 0:
+            raise RepCodecError("trainer.max_steps=0: expected at least 1 step to train.")
         data = self.trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it on attach
         self.valid_error = NormalizedError(data.statistics.mean)
 
@@ -82,29 +97,45 @@ class CodecModule(L.LightningModule):
         return losses, output
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the loss of a batch; under gradient accumulation each batch weighs the same.
-
-        Raises:
-            RepCodecError: the loss is not finite.
-        """
+        """Return the loss of a batch; under gradient accumulation each batch weighs the same."""
         losses, output = self._losses(batch)
-        if not torch.isfinite(losses["loss"]):
-            raise RepCodecError(
-                f"step {self.global_step}: the loss is {float(losses['loss'])}, the run has diverged: "
-                "lower optimizer.lr, or start from k-means (callbacks=kmeans_start)."
-            )
         self.train_usage.update(output.quantizer.codes)
-        self.log_dict(
-            {f"train/{name}": loss.detach() for name, loss in losses.items()}, batch_size=len(batch.lengths),
-            sync_dist=True,
-        )  # fmt: skip
+        # Of all ranks in one sum: what is logged, and what says to every rank alike that one has diverged.
+        means = sum_over_ranks(torch.stack([loss.detach() for loss in losses.values()])) / self.trainer.world_size
+        self._batches.append(batch)
+        self._total = self._total + means[-1]
+        self.log_dict({f"train/{name}": mean for name, mean in zip(losses, means, strict=True)})
         self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
-        self.log("loss", losses["loss"].detach(), prog_bar=True, logger=False, batch_size=len(batch.lengths))
+        self.log("loss", means[-1], prog_bar=True, logger=False)
         return losses["loss"]
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Update the codebooks, once an optimizer step, whatever the gradient accumulation."""
+        """Check the step, then update the codebooks: once an optimizer step, whatever the gradient accumulation.
+
+        Loss and gradients are those of all ranks by now, so all see the same and stop at the same step.
+
+        Raises:
+            RepCodecError: the loss or a gradient is not finite; the step is not taken.
+        """
+        norm = gradient_norm(self.codec)
+        if not torch.isfinite(norm + self._total) and not self._probing():  # the one wait for the device
+            context = self.trainer.precision_plugin.forward_context()
+            ids = self.trainer.datamodule.train.ids  # type: ignore[attr-defined]  # Lightning sets it on attach
+            raise explain_not_finite(self.global_step, self.codec, self._batches, ids, context)
+        self._batches, self._total = [], torch.zeros((), device=norm.device)
+        self.log("train/gradient_norm", norm)
         self.codec.quantizer.update()
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Take the step, and let go of the gradients then: the next forward pass takes their memory."""
+        super().optimizer_step(*args, **kwargs)
+        for parameter in self.codec.parameters():
+            parameter.grad = None
+
+    def _probing(self) -> bool:
+        """Say whether a gradient overflowed only since 16-mixed tries out by how much it can be scaled."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        return scaler is not None and bool(torch.isfinite(self._total)) and scaler.get_scale() > 1
 
     def on_validation_epoch_start(self) -> None:
         """Begin anew; the last validation's metrics stand until here, for callbacks to show."""

@@ -4,7 +4,10 @@ Letters: N valid frames, C width of a code vector, K codebooks, V codes a codebo
 """
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -36,16 +39,18 @@ class Quantizer(nn.Module):
     """Contract: what the codec asks of a quantizer.
 
     Attributes:
-        kind: its name in `QUANTIZERS`.
+        kind: its name in `repcodec.library_quantizers.QUANTIZERS`.
         dim: C.
         codebook_size: V.
         num_codebooks: K.
+        revived: codes moved onto frames because they were unused, so far in this process.
     """
 
     kind: str
     dim: int
     codebook_size: int
     num_codebooks: int
+    revived: int = 0
 
     def forward(self, z: Tensor, mask: Tensor) -> QuantizerOutput:
         """Quantize (B, T, C) where mask (B, T) is True; in training, note the statistics of the step."""
@@ -126,6 +131,29 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def from_first_rank(tensor: Tensor) -> Tensor:
+    """Give every rank what rank 0's tensor holds, in place, where there are several."""
+    if dist.is_available() and dist.is_initialized():
+        dist.broadcast(tensor, src=0)
+    return tensor
+
+
+@contextmanager
+def first_rank_first() -> Iterator[bool]:
+    """Run a block that takes long on rank 0 alone: its value is True there; the others leave it together with rank 0.
+
+    They wait in a group of its own, since that of training gives up after a minute or two. It is gloo's, which
+    notices a rank that dies while others wait.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        yield True
+        return
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    yield dist.get_rank() == 0
+    dist.barrier(group=group)
+    dist.destroy_process_group(group)
+
+
 def gather_rows(rows: Tensor) -> Tensor:
     """Concatenate the rows (N, …) of all ranks; N may differ from rank to rank, and be 0."""
     if not (dist.is_available() and dist.is_initialized()):
@@ -162,6 +190,7 @@ class EMACodebook(nn.Module):
         self.register_buffer("counts", torch.zeros(codebook_size))
         self.register_buffer("sums", self.codes.clone())
         self._pending: list[tuple[Tensor, Tensor]] = []
+        self.revived = 0
 
     def quantize(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Valid frames z (N, C) -> their code vectors (N, C) and codes (N,)."""
@@ -207,6 +236,7 @@ class EMACodebook(nn.Module):
             return
         z, errors = gather_rows(z), gather_rows((z - old[codes]).square().sum(1))
         unused = unused[: len(z)]
+        self.revived += len(unused)
         ranked = errors.argsort(descending=True, stable=True)
         chosen = z[ranked[torch.arange(len(unused), device=z.device) * len(z) // len(unused)]]
         # The count of an ordinary code, so that the code gets its time before it is revived again.
@@ -254,6 +284,11 @@ class EMAQuantizer(Quantizer):
         books = [EMACodebook(codebook_size, dim, decay, revive_below) for _ in range(num_codebooks)]
         self.codebooks = nn.ModuleList(books)
 
+    @property
+    def revived(self) -> int:  # type: ignore[override]  # what the codebooks count
+        """Codes moved onto frames because they were unused, so far in this process, over all codebooks."""
+        return sum(codebook.revived for codebook in self._books())
+
     def _books(self) -> list[EMACodebook]:
         """Return the codebooks, in the order in which they quantize."""
         return list(self.codebooks)  # type: ignore[arg-type]  # nn.ModuleList tells no type
@@ -278,12 +313,15 @@ class EMAQuantizer(Quantizer):
                 codebook.note(residual, chosen)
             # A sum over its number, not a mean: without a single valid frame the loss is 0 and still has a gradient.
             loss = loss + nn.functional.mse_loss(residual, vectors, reduction="sum") / max(1, residual.numel())
-            # Straight through: the value of the vectors, the derivative of the residual.
-            through = residual + (vectors - residual).detach()
+            through = self._through(residual, vectors)
             quantized = quantized + through
             residual = residual - through
             codes.append(chosen)
-        return QuantizerOutput(_spread(quantized, mask, 0).to(z.dtype), _spread_codes(codes, mask), loss)
+        return QuantizerOutput(spread(quantized, mask, 0).to(z.dtype), spread_codes(codes, mask), loss)
+
+    def _through(self, residual: Tensor, vectors: Tensor) -> Tensor:
+        """Straight through: the value of the vectors (N, C), the derivative of the residual (N, C)."""
+        return residual + (vectors - residual).detach()
 
     def encode(self, z: Tensor, mask: Tensor) -> Tensor:
         """(B, T, C) and mask (B, T) -> codes (B, K, T)."""
@@ -293,7 +331,7 @@ class EMAQuantizer(Quantizer):
             if k > 0:
                 residual = residual - books[k - 1].codes[codes[-1]]
             codes.append(nearest_code(residual, codebook.codes))
-        return _spread_codes(codes, mask)
+        return spread_codes(codes, mask)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes (B, K, T) -> (B, T, C), zero where a code is `NO_CODE`."""
@@ -309,38 +347,31 @@ class EMAQuantizer(Quantizer):
     @torch.no_grad()
     def start(self, z: Tensor, seed: int) -> None:
         """Place the codes by k-means over rank 0's vectors z (N, C), codebook after codebook; all ranks get them."""
-        ranked = dist.is_available() and dist.is_initialized()
-        first = not ranked or dist.get_rank() == 0
-        residual = z.to(self._books()[0].codes)
-        for codebook in self._books():
-            centroids, counts = torch.empty_like(codebook.codes), torch.empty_like(codebook.counts)
-            if first:
-                centroids.copy_(torch.from_numpy(fit_centroids(residual.cpu().numpy(), self.codebook_size, seed)))
+        with first_rank_first() as first:
+            residual = z.to(self._books()[0].codes)
+            for codebook in self._books() if first else []:
+                centroids = torch.from_numpy(fit_centroids(residual.cpu().numpy(), self.codebook_size, seed))
+                centroids = centroids.to(codebook.codes)
                 codes = nearest_code(residual, centroids)
                 # A code that no frame chose counts one all the same, or its first update would move it to the origin.
-                counts.copy_(torch.bincount(codes, minlength=self.codebook_size).clamp(min=1))
+                counts = torch.bincount(codes, minlength=self.codebook_size).clamp(min=1).to(codebook.counts)
+                codebook.place(centroids, counts / counts.mean())
                 residual = residual - centroids[codes]
-            if ranked:
-                dist.broadcast(centroids, src=0)
-                dist.broadcast(counts, src=0)
-            codebook.place(centroids, counts / counts.mean())
+        for buffer in self.buffers():
+            from_first_rank(buffer)
 
     def _valid(self, z: Tensor, mask: Tensor) -> Tensor:
         """Return the valid frames (N, C) in the codebook's precision, whatever autocast says."""
         return z[mask].to(self._books()[0].codes.dtype)
 
 
-def _spread(rows: Tensor, mask: Tensor, fill: float) -> Tensor:
+def spread(rows: Tensor, mask: Tensor, fill: float) -> Tensor:
     """Put the rows (N, …) of valid frames back to their places (B, T, …), `fill` elsewhere."""
-    spread = rows.new_full((*mask.shape, *rows.shape[1:]), fill)
-    spread[mask] = rows
-    return spread
+    placed = rows.new_full((*mask.shape, *rows.shape[1:]), fill)
+    placed[mask] = rows
+    return placed
 
 
-def _spread_codes(codes: list[Tensor], mask: Tensor) -> Tensor:
+def spread_codes(codes: list[Tensor], mask: Tensor) -> Tensor:
     """K lists of codes (N,) -> (B, K, T)."""
-    return _spread(torch.stack(codes, 1), mask, NO_CODE).mT.contiguous()
-
-
-QUANTIZERS: dict[str, type[Quantizer]] = {"ema": EMAQuantizer}
-"""The quantizers that a saved codec may name in its config.json."""
+    return spread(torch.stack(codes, 1), mask, NO_CODE).mT.contiguous()

@@ -5,6 +5,7 @@ shards made by the published scripts lack it and are read all the same. `shard_w
 """
 
 import json
+import math
 import os
 import re
 import tokenize
@@ -82,27 +83,33 @@ def check_finite(features: np.ndarray, source: object, first: int = 0, step: int
 
 @dataclass(frozen=True)
 class _Shard:
-    """One shard, opened: memory-mapped (rows, D) features, lengths, and its sidecar (empty when it has none)."""
+    """One shard, opened: memory-mapped (rows, D) features, lengths, and its sidecar (empty when it has none).
+
+    `offset` is where the values begin in the file, in bytes.
+    """
 
     path: Path
     rows: np.ndarray
+    offset: int
     lengths: np.ndarray
     about: dict
 
 
-SAME = ("encoder", "weights_sha256", "layer", "frame_rate", "manifest_sha256")
-"""What the shards of one folder must agree on, where their .json says it."""
+SAME = ("encoder", "weights_sha256", "layer", "frame_rate")
+"""What shards that are read together must agree on, where their .json says it."""
 
 
 class FeatureShards:
     """All shards of a split, read through memory maps.
 
-    Utterances are numbered through the shards in rank order, which is manifest order.
+    Utterances are numbered through the shards in rank order, which is manifest order; of several folders, through
+    one after the other.
 
     Attributes:
         folder: where the shards lie.
         dim: D.
         lengths: (N,) frames of each utterance.
+        folder_of: (N,) which of the folders each utterance is from, 0 where there is one.
         names: relative path of each utterance, or None where the shards have no .json.
         ids: their ids, or None.
         root: the audio root, "" where the shards have no .json.
@@ -112,8 +119,8 @@ class FeatureShards:
         dtype: what the features are stored as.
     """
 
-    def __init__(self, folder: Path | str, dim: int | None = None):
-        """Open and check every shard of a folder (headers and lengths, not the values).
+    def __init__(self, folder: Path | str | Sequence[Path | str], dim: int | None = None):
+        """Open and check every shard of a folder, or of several (headers and lengths, not the values).
 
         Args:
             dim: the width expected, if one is.
@@ -122,30 +129,31 @@ class FeatureShards:
             RepCodecError: no shard, a missing or unfinished one, wrong width or type, a truncated file,
                 or lengths that do not sum to the rows.
         """
-        self.folder = Path(folder)
-        self._shards = [_open_shard(path, dim) for path in _shard_files(self.folder)]
-        self.dim = self._shards[0].rows.shape[1]
+        folders = [Path(one) for one in ([folder] if isinstance(folder, Path | str) else folder)]
+        self.folder: Path | str = folders[0] if len(folders) == 1 else " + ".join(map(str, folders))
+        opened = [[_open_shard(path, dim) for path in _shard_files(one)] for one in folders]
+        self._folders = opened
+        self._shards = [shard for shards in opened for shard in shards]
         first = self._shards[0]
-        for shard in self._shards:
-            made = {"width": (shard.rows.shape[1], self.dim)}
-            made |= {key: (shard.about.get(key), first.about.get(key)) for key in SAME}
-            for key, (found, expected) in made.items():
-                if found != expected:
-                    raise RepCodecError(
-                        f"{shard.path}: {key} {found}, but {first.path} has {expected}; "
-                        "shards of one folder must come from one speech encoder."
-                    )
+        self.dim = first.rows.shape[1]
+        for one, shards in zip(folders, opened, strict=True):
+            for shard in shards:
+                _check_alike(shard, shards[0], (*SAME, "manifest_sha256"))
+            _check_alike(shards[0], first, [key for key in SAME if shards[0].about.get(key) and first.about.get(key)])
+            if not any(len(shard.rows) for shard in shards):
+                raise RepCodecError(f"{one}: the split is empty: its shards hold no frame; extract it again.")
         self.lengths = np.concatenate([shard.lengths for shard in self._shards])
-        if self.lengths.sum() == 0:
-            raise RepCodecError(f"{self.folder}: the split is empty: its shards hold no frame; extract it again.")
+        self.folder_of = np.repeat(np.arange(len(opened)), [sum(len(s.lengths) for s in shards) for shards in opened])
         self._shard_of = np.repeat(np.arange(len(self._shards)), [len(s.lengths) for s in self._shards])
         self._row_of = np.concatenate([np.cumsum(s.lengths) - s.lengths for s in self._shards])
         described = all(shard.about for shard in self._shards)
         self.names = [name for s in self._shards for name in s.about["utterances"]] if described else None
         self.ids = [utterance_id(name) for name in self.names] if self.names is not None else None
-        self.root = first.about.get("root", "")
+        roots = {shards[0].about.get("root", "") for shards in opened}
+        self.root = roots.pop() if len(roots) == 1 else ""
         self.frame_rate = first.about.get("frame_rate")
-        self.manifest_sha256 = first.about.get("manifest_sha256")
+        manifests = [shards[0].about.get("manifest_sha256") for shards in opened]
+        self.manifest_sha256 = "+".join(map(str, manifests)) if None not in manifests else None
         self.about = first.about
         self.dtype = first.rows.dtype
         self._source = first.about.get("encoder"), first.about.get("layer")
@@ -155,7 +163,7 @@ class FeatureShards:
 
     def __reduce__(self) -> tuple:
         """Reopen the files in another process instead of copying their rows there."""
-        return FeatureShards, (self.folder, self.dim)
+        return FeatureShards, ([shards[0].path.parent for shards in self._folders], self.dim)
 
     @property
     def stamp(self) -> list[list]:
@@ -223,7 +231,7 @@ class FeatureShards:
         dtype, count = shard.rows.dtype, int(stop - start) * self.dim
         if count == 0:
             return np.empty((0, self.dim), dtype=np.float32)
-        offset = shard.rows.offset + int(row + start) * self.dim * dtype.itemsize
+        offset = shard.offset + int(row + start) * self.dim * dtype.itemsize
         try:
             values = np.fromfile(shard.path, dtype, count, offset=offset)
         except OSError as error:
@@ -248,15 +256,17 @@ class FeatureShards:
         Raises:
             RepCodecError: a value is not finite.
         """
-        batch = np.zeros((len(utterances), num_frames, self.dim), dtype=np.float32)
+        batch = np.empty((len(utterances), num_frames, self.dim), dtype=np.float32)
         lengths = np.zeros(len(utterances), dtype=np.int64)
-        for b, (utterance, start) in enumerate(zip(utterances, starts, strict=True)):
-            crop = self.features(utterance, start, start + num_frames)
-            batch[b, : len(crop)] = crop
-            lengths[b] = len(crop)
-        if not np.isfinite(batch).all():
+        with np.errstate(over="ignore", invalid="ignore"):
             for b, (utterance, start) in enumerate(zip(utterances, starts, strict=True)):
-                check_finite(batch[b], self.where(utterance), start)
+                crop = self.features(utterance, start, start + num_frames)
+                frames, batch[b, len(crop) :] = batch[b, : len(crop)], 0
+                frames[:] = crop
+                lengths[b] = len(crop)
+                # The quickest look at all values: what is not finite makes this sum so. Large values may, too.
+                if not math.isfinite(np.vecdot(frames, frames).sum()):
+                    check_finite(frames, self.where(utterance), start)
         return batch, lengths
 
     def sample(self, num_frames: int) -> np.ndarray:
@@ -268,10 +278,13 @@ class FeatureShards:
         Raises:
             RepCodecError: a value is not finite.
         """
-        step = max(1, -(-int(self.lengths.sum()) // num_frames))
+        return self._sample(self._shards, num_frames)
+
+    def _sample(self, shards: Sequence[_Shard], num_frames: int) -> np.ndarray:
+        step = max(1, -(-sum(len(shard.rows) for shard in shards) // num_frames))
         parts = []
         first = 0
-        for shard in self._shards:
+        for shard in shards:
             rows = np.asarray(shard.rows[first::step], dtype=np.float32)
             check_finite(rows, shard.path, first, step)
             parts.append(rows)
@@ -331,9 +344,21 @@ def _open_shard(path: Path, dim: int | None) -> _Shard:
         )
     lengths = _read_lengths(path.with_suffix(".len"), rows=shape[0])
     about = _read_sidecar(path.with_suffix(".json"), len(lengths))
-    # numpy cannot map an empty file.
-    rows = np.memmap(path, dtype, "r", offset, shape) if shape[0] else np.empty(shape, dtype)
-    return _Shard(path, rows, lengths, about)
+    # numpy cannot map an empty file; its own class of mapped arrays is slow to slice.
+    rows = np.asarray(np.memmap(path, dtype, "r", offset, shape)) if shape[0] else np.empty(shape, dtype)
+    return _Shard(path, rows, offset, lengths, about)
+
+
+def _check_alike(shard: _Shard, other: _Shard, keys: Sequence[str]) -> None:
+    """Refuse shards that cannot be read together."""
+    made = {"width": (shard.rows.shape[1], other.rows.shape[1])}
+    made |= {key: (shard.about.get(key), other.about.get(key)) for key in keys}
+    for key, (found, expected) in made.items():
+        if found != expected:
+            raise RepCodecError(
+                f"{shard.path}: {key} {found}, but {other.path} has {expected}; "
+                "shards that are read together must come from one speech encoder."
+            )
 
 
 def _read_lengths(path: Path, rows: int) -> np.ndarray:

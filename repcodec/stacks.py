@@ -24,15 +24,15 @@ def frame_mask(lengths: Tensor, num_frames: int) -> Tensor:
 
 
 def zeroed(x: Tensor, valid: Tensor | None) -> Tensor:
-    """Zero the frames of x (B, C, T) where `valid` (B, T) is False; None says that all are valid.
+    """Zero the frames of x (B, C, T) where `valid` (B, T) is False, in place; None says that all are valid.
 
-    In inference x itself is changed: where few frames are not valid, few are touched.
+    In inference on a CPU few are touched where few frames are not valid.
     """
     if valid is None:
         return x
     if torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling():
         # Filled, not multiplied: what stands in the padding may be NaN.
-        return x.masked_fill(~valid[:, None], 0)
+        return x.masked_fill_(~valid[:, None], 0)
     x.mT[(~valid).nonzero(as_tuple=True)] = 0
     return x
 
@@ -78,9 +78,10 @@ class ResidualUnit(nn.Module):
                 add_residual(x[0].mT.contiguous(), self.conv.transformed(), self.pointwise.weight).mT[None], valid
             )
         # ELU(0) = 0, so what goes into the convolution is zero there too.
+        # In place where no gradient needs what stood there: a convolution's does not need its output.
         inner = self.conv(nn.functional.elu(x))
-        branch = self.pointwise(nn.functional.elu(inner))
-        return zeroed(x + branch, valid)
+        branch = self.pointwise(nn.functional.elu(inner, inplace=True))
+        return zeroed(branch.add_(x), valid)
 
 
 class EncoderStage(nn.Module):

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +75,7 @@ def equal(one, other):
 def test_batches_are_those_of_shards_of_the_same_sounds(from_sound, from_shards, workers):
     module = from_sound(num_workers=workers, batch_seconds=5)
     for loader, reference in (
-        (module.train_dataloader(), from_shards.train_dataloader()),
+        (islice(module.train_dataloader(), 3), islice(from_shards.train_dataloader(), 3)),
         (module.val_dataloader(), from_shards.val_dataloader()),
     ):
         batches = [module.on_after_batch_transfer(batch, 0) for batch in loader]
@@ -235,7 +236,7 @@ def process(speech, whisper_folder, run_dir, *overrides, script="train.py"):
 
 def test_two_processes_equal_one_with_both_halves_of_the_batch(speech, whisper_folder, tmp_path):
     more = ["+trainer.precision=64-true", "callbacks=kmeans_start", "trainer.max_steps=3"]
-    ranks = ["trainer=ddp_cpu", "trainer.strategy.timeout.minutes=1", "data.batch_size=2", "data.num_workers=0"]
+    ranks = ["trainer=ddp_cpu", "trainer.strategy.timeout.seconds=60", "data.batch_size=2", "data.num_workers=0"]
     for name, extra in (("two", ranks), ("one", ["data.batch_size=4", "data.num_workers=1"])):
         result = process(speech, whisper_folder, tmp_path / name, *more, *extra)
         assert result.returncode == 0, result.stderr

@@ -1,8 +1,13 @@
+from pathlib import Path
+
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
 from torch.utils.data import DataLoader, Dataset
 
 from repcodec.errors import RepCodecError, user_message
 
+CONF = Path(__file__).parent.parent / "conf"
 SENTENCE = "/data/0_1.npy: the features have width 768, expected 1024; extract them again."
 
 
@@ -55,3 +60,21 @@ def test_a_sentence_of_several_lines_stays_whole():
 def test_the_error_is_no_bug_class_of_python():
     # Code that catches ValueError or OSError around a library call must not swallow it.
     assert RepCodecError.__bases__ == (Exception,)
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("data.batch_sice=3", "data.batch_sice: the configuration has no such option; did you mean batch_size?"),
+        ("encodr=hubert_base", "encodr: the configuration has no such option; did you mean encoder?"),
+        ("seed.x=3", "seed.x: the configuration has no such option."),
+        ("codec=smal", "codec=smal: there is no such option; codec has published, small, strided"),
+        ("trainer.max_steps=1,2", "trainer.max_steps=1,2: several values make a sweep, which needs -m"),
+    ],
+)
+def test_a_wrong_override_is_one_sentence_that_names_it_and_what_there_is(override, sentence):
+    with initialize_config_dir(str(CONF), version_base="1.3"), pytest.raises(HydraException) as caught:
+        compose("train", [override])
+    message = user_message(caught.value)
+    assert message.startswith(sentence)
+    assert "\n" not in message and "search path" not in message

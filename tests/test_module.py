@@ -72,7 +72,7 @@ def test_batch_without_a_valid_frame_gives_zero_and_moves_nothing():
     before = copy.deepcopy(model.codec.quantizer.state_dict())
     loss = losses(model, torch.zeros(2, 5, 8).double(), [0, 0])["loss"]
     loss.backward()
-    model.on_before_optimizer_step(None)
+    model.codec.quantizer.update()
     assert loss == 0
     assert all(torch.equal(value, before[name]) for name, value in model.codec.quantizer.state_dict().items())
 
@@ -80,6 +80,53 @@ def test_batch_without_a_valid_frame_gives_zero_and_moves_nothing():
 def test_unknown_reconstruction_is_refused():
     with pytest.raises(ValueError, match="expected l1 or l2"):
         module(reconstruction="huber")
+
+
+def compiler():
+    """Say why torch.compile cannot run here; None if it can."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        return f"torch.compile needs a C++ compiler: {error}"
+    return None
+
+
+@pytest.mark.slow
+def test_compiled_stacks_give_the_same_losses_and_the_same_names(splits, tmp_path):
+    if (reason := compiler()) is not None:
+        pytest.skip(reason)
+    found, states = [], []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        codec = RepCodec(8, codebook_size=16)
+        model = CodecModule(
+            codec, lambda p: torch.optim.Adam(p, 1e-3), lambda o: torch.optim.lr_scheduler.ConstantLR(o, 1.0),
+            compile=compiled,
+        )  # fmt: skip
+        assert (codec.encoder._compiled_call_impl is not None) == compiled
+        logged = []
+
+        class Log(L.Callback):
+            def on_train_batch_end(self, trainer, module, *args, logged=logged):
+                logged.append([float(trainer.callback_metrics[f"train/{n}"]) for n in ("reconstruction", "commitment")])
+
+        data = ShardsDataModule(dim=8, encoder="hubert_base", layer=9, dir=str(splits), batch_size=4, crop=16)
+        trainer = L.Trainer(accelerator="cpu", max_steps=20, max_epochs=-1, logger=False, enable_checkpointing=False,
+                            enable_progress_bar=False, num_sanity_val_steps=0, callbacks=[Log()])  # fmt: skip
+        trainer.fit(model, data)
+        trainer.save_checkpoint(tmp_path / "compiled.ckpt")
+        codec.save_pretrained(tmp_path / "codec")
+        found.append(torch.tensor(logged))
+        states.append(model.state_dict())
+    assert len(found[0]) == 20
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+    assert states[0].keys() == states[1].keys()
+    checkpoint = torch.load(tmp_path / "compiled.ckpt", weights_only=True)
+    assert checkpoint["state_dict"].keys() == states[0].keys()
+    assert RepCodec.from_pretrained(tmp_path / "codec").state_dict().keys() == codec.state_dict().keys()
 
 
 def test_training_makes_the_error_fall(splits):

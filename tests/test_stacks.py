@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from repcodec.architecture import Architecture
-from repcodec.stacks import DecoderStack, EncoderStack, frame_mask, start_as_identity, zeroed
+from repcodec.stacks import DecoderStack, EncoderStack, ResidualUnit, frame_mask, start_as_identity, zeroed
 
 
 def shape(strides, ratios=None, channels=6, code_dim=4):
@@ -95,3 +95,22 @@ def test_identity_start_of_strided_stacks_averages_and_repeats(stride):
     means = x.unflatten(1, (4, stride)).mean(2)
     torch.testing.assert_close(encoder(x, None)[0], means)
     torch.testing.assert_close(decoder(means, None), means.repeat_interleave(stride, 1))
+
+
+def test_a_residual_units_gradients_are_those_of_its_formula():
+    torch.manual_seed(0)
+    unit = ResidualUnit(6, 3, 1).double()
+    start = torch.randn(2, 6, 9, dtype=torch.float64) * 3
+    valid = frame_mask(torch.tensor([9, 5]), 9)
+    found = []
+    for formula in (True, False):
+        x = start.masked_fill(~valid[:, None], 0).requires_grad_()
+        if formula:
+            elu = torch.nn.functional.elu
+            y = x + unit.pointwise(elu(unit.conv(elu(x))))
+            y = y.masked_fill(~valid[:, None], 0)
+        else:
+            y = unit(x, valid)
+        found.append([y, *torch.autograd.grad(y.sin().sum(), [x, *unit.parameters()])])
+    for expected, one in zip(*found, strict=True):
+        torch.testing.assert_close(one, expected, rtol=1e-12, atol=1e-12)

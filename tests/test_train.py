@@ -4,10 +4,8 @@ import csv
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import lightning
@@ -61,7 +59,7 @@ def test_run_folder_holds_config_checkpoints_logs_and_codec(splits, tmp_path):
     best = run_here(splits, tmp_path / "run", "logger=csv")
     folder = tmp_path / "run"
     assert OmegaConf.load(folder / "config.yaml").data.dim == 8
-    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt", "previous.ckpt"}
     config = json.loads((folder / "codec" / "config.json").read_text())
     assert (config["encoder"], config["layer"], config["frame_rate"]) == ("hubert_base", 9, 50)
     assert config["figures"]["normalized_error"] == pytest.approx(best)
@@ -211,38 +209,12 @@ def equal_checkpoints(one, other):
     return one
 
 
-@pytest.mark.parametrize("interval", [25, 30])  # an epoch has 2 batches: the checkpoint lies within one, or at its end
-def test_killed_and_resumed_run_equals_one_never_stopped(splits, tmp_path, interval):
-    options = ["trainer.max_steps=300", f"trainer.val_check_interval={interval}", "callbacks=kmeans_start",
-               "scheduler=cosine", "quantizer.revive_below=0.1", "data.batch_size=5"]  # fmt: skip
-    last = tmp_path / "killed" / "checkpoints" / "last.ckpt"
-    process = subprocess.Popen(
-        command(splits, tmp_path / "killed", *options), env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not last.exists():
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stderr.close()
-    stopped_at = torch.load(last, weights_only=True)["global_step"]
-    assert 0 < stopped_at < 300
-    for name, extra in (("killed", [f"ckpt_path='{last}'"]), ("whole", [])):
-        result = run(splits, tmp_path / name, *options, *extra)
-        assert result.returncode == 0, result.stderr
-    state = equal_checkpoints(last, tmp_path / "whole" / "checkpoints" / "last.ckpt")
-    assert state["global_step"] == 300
-
-
 def test_two_processes_equal_one_with_both_halves_of_the_batch(splits, tmp_path):
     shutil.rmtree(splits / "valid")
     write_split(splits / "valid", [20], seed=2)  # the second process has no validation utterance
     options = ["+trainer.precision=64-true", "trainer.max_steps=5", "quantizer.revive_below=0.05",
                "callbacks=kmeans_start"]  # fmt: skip
-    ranks = ["trainer=ddp_cpu", "trainer.strategy.timeout.minutes=1", "data.batch_size=3"]
+    ranks = ["trainer=ddp_cpu", "trainer.strategy.timeout.seconds=60", "data.batch_size=3"]
     two = run(splits, tmp_path / "two", *options, *ranks)
     assert two.returncode == 0, two.stderr
     one = run(splits, tmp_path / "one", *options, "trainer=cpu", "data.batch_size=6")

@@ -1,0 +1,138 @@
+"""Which crops come when, and loaders that read them ahead and go on where they stopped."""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from repcodec.mixture import row_pattern
+
+
+class CropSampler(Sampler):
+    """Random crops in an endless random order, cut into batches; only this rank's rows are given.
+
+    The order is one shuffle of the utterances after another, each used up before the next, so all batches
+    are full, however few utterances there are. Utterances without a frame are left out. Where utterances are from
+    several folders, each folder has an order of its own, and rows are drawn from the folders in a fixed pattern.
+    Batch number n is a function of n and the seed.
+
+    Attributes:
+        position: the number of the next batch.
+    """
+
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        num_frames: int,
+        batch_size: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+        folder_of: np.ndarray | None = None,
+        weights: Sequence[int] = (1,),
+    ):
+        """Take what decides the batches.
+
+        Args:
+            lengths: (N,) frames.
+            num_frames: of a crop.
+            batch_size: of one rank.
+            seed: of order and crops.
+            rank, world_size: this rank's place.
+            folder_of: (N,) the folder of each utterance; None: there is one.
+            weights: rows that are drawn from each folder in sum(weights) rows.
+        """
+        folder_of = np.zeros_like(lengths) if folder_of is None else folder_of
+        self.utterances = [np.flatnonzero((lengths > 0) & (folder_of == folder)) for folder in range(len(weights))]
+        self.lengths, self.num_frames, self.batch_size, self.seed = lengths, num_frames, batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        self.position = 0
+        self.weights, self._folders = weights, row_pattern(weights)
+        self._earlier = np.empty_like(self._folders)  # rows of the same folder before this one in the pattern
+        for folder, weight in enumerate(weights):
+            self._earlier[self._folders == folder] = np.arange(weight)
+        self._shuffles = [(-1, np.empty(0, int), np.empty(0))] * len(weights)
+
+    def __len__(self) -> int:
+        """Return a number that is never reached: the one epoch has no end, so nothing depends on where epochs do."""
+        return 2**62
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        """Yield batches from `position` on, as (utterance, first frame) pairs."""
+        for number in range(self.position, len(self)):
+            yield self.batch(number)
+
+    def batch(self, number: int) -> list[tuple[int, int]]:
+        """Return this rank's rows of batch `number`."""
+        first = (number * self.world_size + self.rank) * self.batch_size
+        return [self._crop(row) for row in range(first, first + self.batch_size)]
+
+    def _crop(self, row: int) -> tuple[int, int]:
+        times, place = divmod(row, len(self._folders))
+        folder = int(self._folders[place])
+        mine = self.utterances[folder]
+        shuffle, index = divmod(times * self.weights[folder] + int(self._earlier[place]), len(mine))
+        if self._shuffles[folder][0] != shuffle:
+            rng = np.random.default_rng([self.seed, shuffle, folder])
+            self._shuffles[folder] = shuffle, rng.permutation(mine), rng.random(len(mine))
+        _, order, where = self._shuffles[folder]
+        utterance = int(order[index])
+        room = int(self.lengths[utterance]) - self.num_frames
+        return utterance, int(where[index] * (room + 1)) if room > 0 else 0
+
+
+class ResumableLoader(DataLoader):
+    """A DataLoader over a sampler with a `position`; its state is the number of batches given out.
+
+    Attributes:
+        waited: seconds that batches were waited for, so far.
+    """
+
+    sampler: Any
+    waited = 0.0
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch names its own iterator class
+        """Yield batches from the sampler's position on."""
+        started = perf_counter()
+        for batch in self._read():
+            self.waited += perf_counter() - started
+            self.sampler.position += 1
+            yield batch
+            started = perf_counter()
+
+    def _read(self) -> Iterator[Any]:
+        return super().__iter__()
+
+    def state_dict(self) -> dict:
+        """Return the state that Lightning puts into a checkpoint."""
+        return {"position": self.sampler.position}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on after the batches of a checkpoint."""
+        self.sampler.position = state["position"]
+
+
+class ReadAheadLoader(ResumableLoader):
+    """Reads ahead in threads: copying what is mapped needs no process of its own, and no way back from it."""
+
+    def __init__(self, dataset: Dataset, sampler: Sampler, num_threads: int):
+        """Take a dataset of batches and how many of them are made at once; 0: each when it is asked for."""
+        super().__init__(dataset, sampler=sampler, batch_size=None)
+        self.num_threads = num_threads
+
+    def _read(self) -> Iterator[Any]:
+        if self.num_threads == 0:
+            yield from super()._read()
+            return
+        with ThreadPoolExecutor(self.num_threads) as pool:
+            ahead: deque[Future] = deque()
+            for places in self.sampler:
+                ahead.append(pool.submit(self.dataset.__getitem__, places))
+                if len(ahead) > 2 * self.num_threads:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()

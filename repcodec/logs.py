@@ -1,0 +1,67 @@
+"""Loggers of a run that goes on: one record, as if the run had never stopped."""
+
+import csv
+import os
+import secrets
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+
+from repcodec.files import atomic_write
+
+
+def open_logs(loggers: Sequence[Logger], run_dir: Path, step: int | None) -> None:
+    """Let loggers go on where a run stands, or begin; call it on the first rank, before anything is logged.
+
+    Tables and TensorBoard's files lose what a killed run logged after the checkpoint, since it is logged again. W&B
+    goes on under the id in the run's folder.
+
+    Args:
+        loggers: of the trainer.
+        run_dir: the run's folder.
+        step: optimizer steps taken; None when the run begins.
+
+    Raises:
+        RepCodecError: the folder cannot be written.
+    """
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            _identify(logger, run_dir / "wandb_id.txt", new=step is None)
+        elif isinstance(logger, CSVLogger | TensorBoardLogger) and step is not None:
+            logger._version = max(0, int(logger._get_next_version()) - 1)  # the newest there is
+            if isinstance(logger, TensorBoardLogger):
+                logger._kwargs["purge_step"] = step
+            else:
+                _open_table(logger, step)
+
+
+def _open_table(logger: CSVLogger, step: int) -> None:
+    """Go on with metrics.csv; a row's step is the number of optimizer steps before its own."""
+    path = Path(logger.log_dir) / "metrics.csv"
+    aside = path.with_name("metrics.before.csv")  # Lightning deletes metrics.csv when it opens it
+    if path.exists() and not aside.exists():  # it does if a kill came in between
+        os.replace(path, aside)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Experiment logs directory")  # its deleting
+        experiment = logger.experiment
+    if not aside.exists():
+        return
+    with open(aside, encoding="utf-8", newline="") as file:
+        table = csv.DictReader(file)
+        experiment.metrics_keys = list(table.fieldnames or [])
+        rows = [row for row in table if (row["step"] or "").isdigit() and int(row["step"]) < step]
+    with atomic_write(path) as file:
+        writer = csv.DictWriter(file, experiment.metrics_keys, lineterminator="\r\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    aside.unlink()
+
+
+def _identify(logger: WandbLogger, file: Path, new: bool) -> None:
+    """Give W&B's run the id that its folder holds, one of its own when it begins."""
+    if new or not file.is_file():
+        with atomic_write(file) as writer:
+            writer.write(secrets.token_hex(4))
+    logger._wandb_init["id"] = logger._id = file.read_text(encoding="utf-8").strip()

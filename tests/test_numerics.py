@@ -1,0 +1,163 @@
+import logging
+from types import SimpleNamespace
+
+import lightning as L
+import pytest
+import torch
+from conftest import DIM, refused
+from lightning.pytorch.plugins import MixedPrecision
+
+from repcodec.codec import RepCodec
+from repcodec.data import Batch, ShardsDataModule
+from repcodec.module import CodecModule
+from repcodec.numerics import CodebookWatch
+
+
+class Spoil(L.Callback):
+    """Spoils a number at step 2."""
+
+    def __init__(self, where):
+        self.where, self.before = where, None
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.global_step == 2 and self.where == "features":
+            batch.features[1, 0, 0] = torch.inf
+        if trainer.global_step == 2 and self.where == "weight":
+            module.codec.decoder.output.weight.data[0, 0, 0] = torch.nan
+
+    def on_after_backward(self, trainer, module):
+        if trainer.global_step == 2 and self.where == "gradient":
+            module.codec.encoder.projector.weight.grad[0, 0, 0] = torch.nan
+        self.before = {name: value.clone() for name, value in module.codec.state_dict().items()}
+
+
+def fit(splits, *callbacks, steps=4, **options):
+    torch.manual_seed(0)
+    module = CodecModule(
+        RepCodec(DIM, codebook_size=16), lambda p: torch.optim.Adam(p, 1e-3),
+        lambda o: torch.optim.lr_scheduler.ConstantLR(o, 1.0),
+    )  # fmt: skip
+    data = ShardsDataModule(dim=DIM, encoder="hubert_base", layer=9, dir=str(splits), batch_size=3, crop=16)
+    trainer = L.Trainer(
+        accelerator="cpu", max_steps=steps, max_epochs=-1, num_sanity_val_steps=0, logger=False, limit_val_batches=0,
+        enable_model_summary=False,
+        enable_checkpointing=False, enable_progress_bar=False, callbacks=list(callbacks), **options,
+    )  # fmt: skip
+    trainer.fit(module, data)
+    return module, trainer
+
+
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [
+        ("features", ("the features are not finite", "extract them again")),
+        ("weight", ("the weight decoder.output.weight is not finite", "the run has diverged")),
+        ("gradient", ("the gradient of encoder.projector.weight is not finite", "the run has diverged")),
+    ],
+)
+def test_run_stops_before_the_step_and_names_what_is_not_finite(splits, where, words):
+    spoil, seen = Spoil(where), []
+
+    class Names(L.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            names = [trainer.datamodule.train.ids[u] for u in batch.utterances.tolist()]
+            seen[:] = [names[1]] if where == "features" else names
+
+    with refused("step 2: ", *words) as caught:
+        fit(splits, spoil, names := Names())
+    assert names is not None
+    assert f"utterances {', '.join(seen)};" in str(caught.value)
+
+
+def test_nothing_moves_in_the_step_that_is_refused(splits):
+    spoil = Spoil("gradient")
+    kept = {}
+
+    class Keep(L.Callback):
+        def on_exception(self, trainer, module, exception):
+            kept.update({name: value.clone() for name, value in module.codec.state_dict().items()})
+
+    with refused("step 2"):
+        fit(splits, spoil, Keep())
+    assert all(torch.equal(value, spoil.before[name]) for name, value in kept.items())
+
+
+def test_a_step_under_accumulation_is_stopped_by_any_of_its_batches(splits):
+    class First(Spoil):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            if trainer.global_step == 2 and batch_idx % 2 == 0:
+                batch.features[1, 0, 0] = torch.nan
+
+    with refused("step 2: the features are not finite"):
+        fit(splits, First("features"), accumulate_grad_batches=2)
+
+
+def test_gradient_norm_is_logged_as_it_is_before_clipping(splits):
+    norms = []
+
+    class Norms(L.Callback):
+        def on_before_optimizer_step(self, trainer, module, optimizer):
+            norms.append(torch.cat([p.grad.flatten() for p in module.parameters()]).norm())
+
+    _, trainer = fit(splits, Norms(), gradient_clip_val=1e-3)
+    torch.testing.assert_close(trainer.callback_metrics["train/gradient_norm"], norms[-1])
+
+
+def test_overflow_of_the_gradient_scaler_is_no_error_but_one_without_end_is(splits):
+    # Half precision on a CPU: Lightning has the plugin, the trainer's flag would choose bfloat16.
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=1000)
+    module, _ = fit(splits, plugins=[MixedPrecision("16-mixed", "cpu", scaler)], steps=40)
+    assert scaler.get_scale() < 2.0**40
+    assert all(torch.isfinite(value).all() for value in module.codec.state_dict().values())
+    assert {value.dtype for value in module.codec.state_dict().values()} == {torch.float32}
+    with refused("the gradient of encoder.projector.weight is not finite"):
+        fit(splits, Always(), plugins=[MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))], steps=40)
+
+
+class Always(L.Callback):
+    def on_after_backward(self, trainer, module):
+        module.codec.encoder.projector.weight.grad[0, 0, 0] = torch.nan
+
+
+def validate(watch, step, used, frames=10_000, size=100):
+    counts = torch.zeros(1, size, dtype=torch.int64)
+    counts[0, :used] = frames // used
+    trainer = SimpleNamespace(is_global_zero=True, global_step=step)
+    watch.on_validation_end(trainer, SimpleNamespace(valid_counts=counts))
+
+
+def test_codebook_that_falls_out_of_use_is_warned_of_once_a_fall(caplog):
+    watch = CodebookWatch()
+    with caplog.at_level(logging.WARNING, "repcodec"):
+        for step, used in enumerate([50, 80, 70, 55, 50, 40, 78, 30]):
+            validate(watch, step, used)
+    said = [record.getMessage() for record in caplog.records]
+    assert [words.partition(":")[0] for words in said] == ["step 3", "step 7"]
+    assert "uses 55.0 % of the codes, after 80.0 %" in said[0]
+    assert "quantizer.revive_below" in said[0]
+
+
+def test_codebook_hardly_used_is_warned_of_from_the_start_unless_there_are_few_frames(caplog):
+    with caplog.at_level(logging.WARNING, "repcodec"):
+        validate(CodebookWatch(), 0, 4, frames=8)
+        assert not caplog.records
+        watch = CodebookWatch()
+        validate(watch, 0, 4)
+        resumed = CodebookWatch()
+        resumed.load_state_dict(watch.state_dict())
+        validate(resumed, 1, 3)
+    assert [record.getMessage().partition(" %")[0] for record in caplog.records] == ["step 0: the validation uses 4.0"]
+
+
+def test_zero_steps_are_refused(splits):
+    with refused("trainer.max_steps=0"):
+        fit(splits, steps=0)
+
+
+def test_batch_larger_than_the_data_takes_utterances_several_times(splits):
+    data = ShardsDataModule(dim=DIM, encoder="hubert_base", layer=9, dir=str(splits), batch_size=20, crop=16)
+    batch: Batch = next(iter(data.train_dataloader()))
+    counts = torch.bincount(batch.utterances, minlength=8)
+    assert set(counts.tolist()) == {2, 3}
+    long = [row for u, row in zip(batch.utterances.tolist(), batch.features, strict=True) if data.train.lengths[u] > 30]
+    assert len({tuple(row.flatten().tolist()) for row in long}) == len(long), "different crops"
