@@ -168,6 +168,8 @@ def test_training_does_not_notice_where_features_come_from(trained):
     for one, other in zip(sound, shards, strict=True):
         assert one.keys() == other.keys()
         for name, value in one.items():
+            if name in ("train/frames_per_second", "train/data_wait_share"):  # the clock's
+                continue
             assert (value == "") == (other[name] == "")
             if value:
                 assert float(value) == pytest.approx(float(other[name]), rel=1e-3), name
@@ -211,7 +213,7 @@ def test_a_resumed_run_equals_one_never_stopped(trained, speech, whisper_folder,
 
 def test_a_checkpoint_of_another_layer_is_refused(trained, speech, whisper_folder, tmp_path):
     last = trained / "sound" / "checkpoints" / "last.ckpt"
-    with refused("whisper_tiny_en layer 2", "layer 1"):
+    with refused("last.ckpt", "layer is 2 in the checkpoint, but 1 in the configuration"):
         run_here(speech, whisper_folder, tmp_path / "run", "layer=1", f"ckpt_path='{last}'")
 
 
@@ -234,6 +236,7 @@ def process(speech, whisper_folder, run_dir, *overrides, script="train.py"):
     )  # fmt: skip
 
 
+@pytest.mark.slow  # test_ddp.py does as much with shards
 def test_two_processes_equal_one_with_both_halves_of_the_batch(speech, whisper_folder, tmp_path):
     more = ["+trainer.precision=64-true", "callbacks=kmeans_start", "trainer.max_steps=3"]
     ranks = ["trainer=ddp_cpu", "trainer.strategy.timeout.seconds=60", "data.batch_size=2", "data.num_workers=0"]

@@ -31,6 +31,7 @@ def test_corpus_is_byte_identical_for_a_seed(tmp_path):
     assert json.loads((tmp_path / "one" / "corpus.json").read_text())["seed"] == 0
 
 
+@pytest.mark.slow
 def test_another_seed_is_another_corpus_and_not_taken_for_this_one(tmp_path):
     build_corpus(tmp_path / "one", 0, FEW)
     build_corpus(tmp_path / "two", 1, FEW)

@@ -2,15 +2,19 @@ import logging
 from types import SimpleNamespace
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from conftest import DIM, refused
 from lightning.pytorch.plugins import MixedPrecision
 
+from repcodec.callbacks import CodecStart
 from repcodec.codec import RepCodec
 from repcodec.data import Batch, ShardsDataModule
 from repcodec.module import CodecModule
 from repcodec.numerics import CodebookWatch
+from repcodec.shard_writer import write_shard
+from repcodec.shards import FeatureShards
 
 
 class Spoil(L.Callback):
@@ -161,3 +165,30 @@ def test_batch_larger_than_the_data_takes_utterances_several_times(splits):
     assert set(counts.tolist()) == {2, 3}
     long = [row for u, row in zip(batch.utterances.tolist(), batch.features, strict=True) if data.train.lengths[u] > 30]
     assert len({tuple(row.flatten().tolist()) for row in long}) == len(long), "different crops"
+
+
+def test_features_with_a_few_huge_dimensions_train_stably(tmp_path):
+    """As those of HuBERT large and Whisper: two of eight dimensions a hundred times as large, and far from zero."""
+    rng = np.random.default_rng(0)
+    scale, offset = np.ones(DIM), np.zeros(DIM)
+    scale[:2], offset[:2] = 100, 500
+    for split in ("train", "valid"):
+        with write_shard(tmp_path / split, 0, 1, DIM, {"root": "/audio", "frame_rate": 50}) as shard:
+            for i in range(12):
+                values = rng.standard_normal((40, DIM)).cumsum(0) / 4 * scale + offset
+                shard.append(f"{i}.flac", values.astype(np.float32))
+
+    class Losses(L.Callback):
+        seen: list[float] = []
+
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            self.seen.append(float(outputs["loss"]))
+
+    module, _ = fit(tmp_path, CodecStart(), Losses(), steps=60)
+    assert max(Losses.seen) < 100, "the loss of raw features would begin above 100,000"
+    assert sum(Losses.seen[-10:]) < sum(Losses.seen[:10])
+    codec, shards = module.codec.eval(), FeatureShards(tmp_path / "valid")
+    features = torch.from_numpy(np.concatenate([shards.read(i) for i in range(12)]))[None]
+    decoded = codec.decode(codec.encode(features))
+    error = (decoded - features).square().sum() / (features - features.mean(1)).square().sum()
+    assert error < 0.3, "decoding gives the features' own scale back"

@@ -209,6 +209,7 @@ def equal_checkpoints(one, other):
     return one
 
 
+@pytest.mark.slow  # test_ddp.py does as much in processes that only train
 def test_two_processes_equal_one_with_both_halves_of_the_batch(splits, tmp_path):
     shutil.rmtree(splits / "valid")
     write_split(splits / "valid", [20], seed=2)  # the second process has no validation utterance
@@ -256,10 +257,12 @@ def test_nan_features_in_a_worker_end_the_run_in_one_sentence(splits, tmp_path):
     assert "holds NaN or infinity" in one_sentence(run(splits, tmp_path / "run", "data.num_workers=1"))
 
 
+@pytest.mark.slow  # test_errors.py has the sentences
 def test_unknown_encoder_lists_the_known_ones(tmp_path):
     assert "hubert_huge" in one_sentence(run(tmp_path, tmp_path / "run", "encoder=hubert_huge"), "hubert_large")
 
 
+@pytest.mark.slow  # test_errors.py has the sentences
 def test_misspelt_override_is_named(tmp_path):
     assert "batch_sice" in one_sentence(run(tmp_path, tmp_path / "run", "data.batch_sice=3"))
 
