@@ -22,6 +22,9 @@ DIM = 8
 FAST_CODEC = ["encoder.dim=8", "quantizer.codebook_size=16"]
 
 
+os.environ["WANDB_MODE"] = "offline"  # whoever runs the tests may be logged in
+
+
 def pytest_addoption(parser):
     parser.addoption("--published", metavar="FOLDER", help="folder of published checkpoints, NAME.pkl")
 

@@ -175,6 +175,7 @@ def test_training_does_not_notice_where_features_come_from(trained):
                 assert float(value) == pytest.approx(float(other[name]), rel=1e-3), name
 
 
+@pytest.mark.slow
 def test_float16_shards_train_to_the_same_result_and_halve_the_disk(
     trained, speech, whisper_folder, features, tmp_path
 ):
@@ -217,6 +218,7 @@ def test_a_checkpoint_of_another_layer_is_refused(trained, speech, whisper_folde
         run_here(speech, whisper_folder, tmp_path / "run", "layer=1", f"ckpt_path='{last}'")
 
 
+@pytest.mark.slow
 def test_mixed_precision_training_sees_float32_features(speech, whisper_folder, tmp_path, trained):
     run_here(speech, whisper_folder, tmp_path / "run", "+trainer.precision=bf16-mixed", "trainer.max_steps=1")
     mixed, full = (
@@ -252,6 +254,7 @@ def test_two_processes_equal_one_with_both_halves_of_the_batch(speech, whisper_f
         torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_evaluation_from_sound_gives_the_figures_of_shards(trained, speech, whisper_folder, features, tmp_path):
     common = [f"tokenizers=['{trained}/sound/codec']", "kmeans=[]", f"data.labels='{speech}/phones.tsv'",
               "encoder=whisper_tiny_en", f"encoder.model='{whisper_folder}'", f"layer={LAYER}"]  # fmt: skip
@@ -321,6 +324,7 @@ def test_stream_is_the_same_for_any_ranks_workers_and_starting_point(from_sound,
     assert loader.state_dict() == {"position": 8}
 
 
+@pytest.mark.slow
 def test_training_from_shar_runs_and_resumes(speech, whisper_folder, shar, tmp_path):
     more = [f"data.train='{shar}'", "callbacks=kmeans_start"]
     run_here(speech, whisper_folder, tmp_path / "whole", *more, "trainer.max_steps=5")

@@ -119,6 +119,7 @@ def installed(*words, **options):
     return subprocess.run(command, capture_output=True, timeout=300, **options)
 
 
+@pytest.mark.slow
 def test_sound_and_features_come_in_on_standard_input(codec_folder, test_set, speech, expected, tmp_path):
     manifest = Manifest.read(speech / "test.tsv")
     name = manifest.paths[0]

@@ -360,9 +360,15 @@ def test_run_that_cannot_go_online_is_kept_offline(tmp_path, environment):
 
 
 def test_disabled_wandb_leaves_the_pictures(splits, tmp_path, monkeypatch):
+    import wandb
+
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    logger = WandbRun(project="repcodec", save_dir=str(tmp_path))
-    fit(splits, tmp_path, steps=2, loggers=[logger])
-    logger.experiment.finish()
+    wandb.teardown()  # it reads the environment once
+    try:
+        logger = WandbRun(project="repcodec", save_dir=str(tmp_path))
+        fit(splits, tmp_path, steps=2, loggers=[logger])
+        logger.experiment.finish()
+    finally:
+        wandb.teardown()  # and would stay as it is
     assert not (tmp_path / "wandb").exists()
     assert (tmp_path / "figures" / "codebook-00000002.png").is_file()

@@ -22,6 +22,7 @@ def digests(folder):
     return {name: hashlib.sha256(text).hexdigest() for name, text in texts.items()}
 
 
+@pytest.mark.slow
 def test_corpus_is_byte_identical_for_a_seed(tmp_path):
     build_corpus(tmp_path / "one", 0, FEW)
     build_corpus(tmp_path / "two", 0, FEW)

@@ -71,7 +71,14 @@ def exports(tmp_path_factory):
     return make
 
 
-@pytest.fixture(params=[(2, True), (2, False), (6, True), (6, False)], ids=["2", "2 cut", "6", "6 cut"])
+@pytest.fixture(
+    params=[
+        pytest.param((2, True), id="2"),
+        pytest.param((2, False), id="2 cut", marks=pytest.mark.slow),
+        pytest.param((6, True), id="6", marks=pytest.mark.slow),
+        pytest.param((6, False), id="6 cut"),
+    ]
+)
 def exported(request, exports):
     """A codec of each shape and the folder of its graphs."""
     return exports(*request.param)

@@ -448,6 +448,7 @@ def test_a_killed_extraction_goes_on_to_the_same_bytes(undisturbed, whisper_fold
     assert content(folder) == content(reference)
 
 
+@pytest.mark.slow
 def test_shards_made_side_by_side_are_together_what_one_is(undisturbed, whisper_folder, tmp_path):
     manifest, reference = undisturbed
     finish(*[start(manifest, tmp_path, whisper_folder, "--shard", f"{rank}/3") for rank in range(3)])

@@ -457,7 +457,9 @@ def test_bits_per_second_follow_from_the_levels(splits):
     assert row.bits_per_second == pytest.approx(50 * np.log2(15))
 
 
-@pytest.mark.parametrize("option", ["rotation", "simvq", "fsq", "lfq"])
+@pytest.mark.parametrize(
+    "option", ["fsq", *(pytest.param(name, marks=pytest.mark.slow) for name in ("rotation", "simvq", "lfq"))]
+)
 def test_the_demo_recipe_trains_with_every_quantizer(option, tmp_path):
     from repcodec.evaluation import evaluate
     from train import train

@@ -102,6 +102,7 @@ def change(saved, tmp_path, **values):
     return load_tokenizer(tmp_path / "changed")
 
 
+@pytest.mark.slow
 def test_encoder_is_found_where_it_was_or_where_it_is_told_to_be(saved, tmp_path, whisper_folder, monkeypatch):
     assert load_encoder_of(load_tokenizer(saved)).layer == 3
     moved = change(saved, tmp_path, encoder_model="/gone/whisper")

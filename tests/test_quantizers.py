@@ -1,3 +1,4 @@
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -251,6 +252,7 @@ def two_ranks_equal_one(tmp_path, **options):
             torch.testing.assert_close(value, one.state_dict()[name], rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     two_ranks_equal_one(tmp_path, decay=0.8)
 

@@ -239,6 +239,7 @@ def one_sentence(result, *further):
     return said
 
 
+@pytest.mark.slow
 def test_missing_checkpoint_and_diverged_run_are_one_sentence(splits, tmp_path):
     assert "no such checkpoint" in one_sentence(run(splits, tmp_path / "run", "ckpt_path=nowhere.ckpt"))
     assert "the run has diverged" in one_sentence(run(splits, tmp_path / "run", "optimizer.lr=1e30"))
@@ -267,6 +268,7 @@ def test_misspelt_override_is_named(tmp_path):
     assert "batch_sice" in one_sentence(run(tmp_path, tmp_path / "run", "data.batch_sice=3"))
 
 
+@pytest.mark.slow
 def test_option_that_does_not_fit_is_one_sentence(splits, tmp_path):
     assert "same product" in one_sentence(run(splits, tmp_path / "run", "codec.enc_strides=[1,2]"))
 
@@ -276,6 +278,7 @@ def test_unwritable_output_folder_is_one_sentence(splits, tmp_path):
     assert str(tmp_path / "file" / "run") in one_sentence(run(splits, tmp_path / "file" / "run"))
 
 
+@pytest.mark.slow
 def test_full_disk_is_one_sentence(splits, tiny_disk):
     sentence = one_sentence(run(splits, tiny_disk / "run", "encoder.dim=8", "quantizer.codebook_size=4096"))
     assert "No space left" in sentence
