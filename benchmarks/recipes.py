@@ -76,7 +76,7 @@ def train(args: argparse.Namespace, overrides: list[str], seed: int, folder: Pat
         return
     folder.mkdir(parents=True, exist_ok=True)
     command = [
-        sys.executable, str(TRAIN), f"encoder={args.encoder}", f"data.dir={args.features}", f"run_dir={folder}",
+        sys.executable, str(TRAIN), f"encoder={args.encoder}", f"data.dir={args.features}",
         f"hydra.run.dir={folder}", f"run={folder.name}", f"seed={seed}", f"data.batch_size={args.batch}", "logger=csv",
         "trainer.val_check_interval=50", "ckpt_path=last", *overrides,
     ]  # fmt: skip

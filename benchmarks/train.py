@@ -32,6 +32,7 @@ from pathlib import Path
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor, nn
 
 from repcodec.codec import RepCodec
@@ -181,14 +182,6 @@ def plain_steps(dim: int, num_steps: int, between: Callable[[], None]) -> None:
         between()
 
 
-class Between(L.Callback):
-    """Calls `between` before the first step and after every one."""
-
-    def __init__(self, between: Callable[[], None]):
-        self.on_train_start = lambda *args: between()  # type: ignore[method-assign]
-        self.on_train_batch_end = lambda *args: between()  # type: ignore[method-assign]
-
-
 def our_steps(
     dim: int,
     num_steps: int,
@@ -210,9 +203,10 @@ def our_steps(
         data = ShardsDataModule(
             dim=dim, encoder="hubert_base", layer=9, dir=name, batch_size=BATCH, crop=CROP, num_workers=2
         )
+        timer = LambdaCallback(on_train_start=lambda *_: between(), on_train_batch_end=lambda *_: between())
         trainer = L.Trainer(
             accelerator="gpu" if CUDA else "cpu", devices=1, precision=precision, max_steps=num_steps,
-            limit_val_batches=0, log_every_n_steps=50, use_distributed_sampler=False, callbacks=[Between(between)],
+            limit_val_batches=0, log_every_n_steps=50, use_distributed_sampler=False, callbacks=[timer],
             logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
             default_root_dir=name,
         )  # fmt: skip

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from repcodec.codec import RepCodec
 from repcodec.data import Batch
 from repcodec.errors import RepCodecError
+from repcodec.quantizers import several_ranks
 
 log = logging.getLogger("repcodec")
 
@@ -52,7 +53,7 @@ def explain_not_finite(
                     named = names if len(rows) != len(names) else [n for n, bad in zip(names, rows, strict=True) if bad]
                     found = [(place, what, named)]
         codec.train(training)
-    if dist.is_available() and dist.is_initialized():
+    if several_ranks():
         here, found = found[0], [None] * dist.get_world_size()
         dist.all_gather_object(found, here)
     known = [finding for finding in found if finding is not None]

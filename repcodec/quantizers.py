@@ -124,16 +124,21 @@ def fit_centroids(frames: np.ndarray, num_centroids: int, seed: int = 0) -> np.n
     return exact.cluster_centers_.astype(np.float32)
 
 
+def several_ranks() -> bool:
+    """Whether this process is one of a group that trains together."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def sum_over_ranks(tensor: Tensor) -> Tensor:
     """Add a tensor up over all ranks, in place, where there are several."""
-    if dist.is_available() and dist.is_initialized():
+    if several_ranks():
         dist.all_reduce(tensor)
     return tensor
 
 
 def from_first_rank(tensor: Tensor) -> Tensor:
     """Give every rank what rank 0's tensor holds, in place, where there are several."""
-    if dist.is_available() and dist.is_initialized():
+    if several_ranks():
         dist.broadcast(tensor, src=0)
     return tensor
 
@@ -145,7 +150,7 @@ def first_rank_first() -> Iterator[bool]:
     They wait in a group of its own, since that of training gives up after a minute or two. It is gloo's, which
     notices a rank that dies while others wait.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    if not several_ranks():
         yield True
         return
     group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
@@ -156,7 +161,7 @@ def first_rank_first() -> Iterator[bool]:
 
 def gather_rows(rows: Tensor) -> Tensor:
     """Concatenate the rows (N, …) of all ranks; N may differ from rank to rank, and be 0."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if not several_ranks():
         return rows
     counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(dist.get_world_size())]
     dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
