@@ -1,6 +1,6 @@
 """Tokenizers x features -> results."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,35 +22,57 @@ from repcodec.tokenization import encode_shards
 
 @dataclass
 class Row:
-    """One tokenizer's figures on a split.
+    """One tokenizer's figures on a split; None where something was not measured.
 
     Attributes:
         name: of the tokenizer.
+        num_codebooks, codebook_size: K and V; 0 and 0 in the row of the features themselves, the ceiling.
         normalized_error: sum |x - x̂|² / sum |x - mean|², the mean being the training set's.
+        cosine_similarity: of features and reconstruction, the mean over frames, -1 to 1.
         perplexity: of the codes, over the whole split.
         used_share: share of the codes used in the split, 0 to 1.
-        corpus_used_share: the same over all splits together; None where they were not run.
+        corpus_used_share: the same over all splits together.
         bits_per_second: codes per second times log2 of the codebook size, over all codebooks.
         entropy_bits_per_second: codes per second times the entropy of the codes.
         codes_per_second: over all codebooks.
-        pnmi, phone_purity: 0 to 1; None without phone labels.
-        valid_normalized_error: normalized_error of the validation split; None where it was not run.
-        num_codebooks, codebook_size: K and V.
+        deduplicated_per_second: the same when runs of equal codes are one.
+        pnmi, phone_purity, cluster_purity, v_measure: of the first codebook's codes, 0 to 1; need phone labels.
+        abx_within, abx_across: ABX error of the codes within and across speakers, 0 to 1 (chance 0.5).
+        abx_reconstruction_within, abx_reconstruction_across: the same of what decodes from them.
+        unit_edit_distance: by augmentation, edits a code between tokens of clean and of augmented speech.
+        phone_error_rate: of the probe on held-out speakers, the mean over its seeds.
+        phone_error_rates: one a seed.
+        valid_normalized_error: normalized_error of the validation split.
+        intervals: by field, the 95 % interval over utterances (bootstrap).
+        warnings: what the reader should know about these figures, a sentence each.
     """
 
     name: str
-    normalized_error: float
-    perplexity: float
-    used_share: float
-    corpus_used_share: float | None
-    bits_per_second: float
-    entropy_bits_per_second: float
-    codes_per_second: float
-    pnmi: float | None
-    phone_purity: float | None
-    valid_normalized_error: float | None
-    num_codebooks: int
-    codebook_size: int
+    num_codebooks: int = 0
+    codebook_size: int = 0
+    normalized_error: float | None = None
+    cosine_similarity: float | None = None
+    perplexity: float | None = None
+    used_share: float | None = None
+    corpus_used_share: float | None = None
+    bits_per_second: float | None = None
+    entropy_bits_per_second: float | None = None
+    codes_per_second: float | None = None
+    deduplicated_per_second: float | None = None
+    pnmi: float | None = None
+    phone_purity: float | None = None
+    cluster_purity: float | None = None
+    v_measure: float | None = None
+    abx_within: float | None = None
+    abx_across: float | None = None
+    abx_reconstruction_within: float | None = None
+    abx_reconstruction_across: float | None = None
+    unit_edit_distance: dict[str, float] | None = None
+    phone_error_rate: float | None = None
+    phone_error_rates: list[float] | None = None
+    valid_normalized_error: float | None = None
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict:
         """Return the figures as plain values, for JSON."""
@@ -59,17 +81,38 @@ class Row:
 
 @dataclass
 class Result:
-    """A row, and the counts its plots are drawn from.
+    """A row, and what its plots are drawn from.
 
     Attributes:
         row: the figures.
-        usage: (K, V) frames a code.
+        usage: (K, V) frames a code; (0, 0) in the row of the features.
         joint: (phones, V) frames of each phone and code of the first codebook; None without labels.
+        curve: (step, normalized error) of each validation of its training; empty where that is not known.
     """
 
     row: Row
     usage: np.ndarray
-    joint: np.ndarray | None
+    joint: np.ndarray | None = None
+    curve: list[tuple[int, float]] = field(default_factory=list)
+
+
+@dataclass
+class Example:
+    """An utterance, to look at and to listen to.
+
+    Attributes:
+        utterance: its id.
+        duration: seconds.
+        sound: (S,) float32 at 16 kHz; None where there is none.
+        phones: start and end in seconds, and phone, of each segment; empty without labels.
+        codes: of each tokenizer by name, (N,) codes of its first codebook and their number a second.
+    """
+
+    utterance: str
+    duration: float
+    sound: np.ndarray | None
+    phones: list[tuple[float, float, str]]
+    codes: dict[str, tuple[np.ndarray, float]]
 
 
 def fit_kmeans(data: FeaturesDataModule, codebook_size: int, folder: Path) -> KMeansTokenizer:
