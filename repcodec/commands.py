@@ -53,7 +53,7 @@ def tokenize(args: argparse.Namespace) -> None:
     """Turn features or sound into a tokens file, or lines on standard output."""
     from pathlib import Path
 
-    from repcodec.shards import num_shards_there
+    from repcodec.shard_files import num_shards_there
 
     if args.stream and (args.shard or args.deduplicate or args.format == "tokens" or len(args.input) > 1):
         args.usage("--stream writes JSON lines of one input as they come: no --shard, --deduplicate or --format tokens")

@@ -5,6 +5,8 @@ is decided by a sampler, from the seed and the batch's number alone: workers onl
 changes nothing, and a resumed run goes on where the last one stopped.
 """
 
+import weakref
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -65,12 +67,32 @@ class ShardDataset(Dataset):
 
     def __init__(self, shards: FeatureShards, num_frames: int | None):
         self.shards, self.num_frames = shards, num_frames
+        self._free: deque[np.ndarray] = deque()  # appending and popping are safe between threads
 
     def __getitem__(self, places: Sequence[tuple[int, int]]) -> Batch:
         utterances = [utterance for utterance, _ in places]
-        num_frames = max(1, int(self.shards.lengths[utterances].max())) if self.num_frames is None else self.num_frames
-        features, lengths = self.shards.gather(utterances, [start for _, start in places], num_frames)
+        starts = [start for _, start in places]
+        if self.num_frames is None:
+            longest = max(1, int(self.shards.lengths[utterances].max()))
+            features, lengths = self.shards.gather(utterances, starts, longest)
+        else:
+            room = self._room((len(places), self.num_frames, self.shards.dim))
+            # Not checked: that costs as much as half a copy, and the step finds what is not finite (numerics.py).
+            features, lengths = self.shards.gather(utterances, starts, self.num_frames, room, check=False)
         return Batch(torch.from_numpy(features), torch.from_numpy(lengths), torch.tensor(utterances))
+
+    def _room(self, shape: tuple[int, int, int]) -> np.ndarray:
+        """Return memory for a batch, if possible that of one that is no longer used: new pages cost half a copy."""
+        while self._free:
+            memory = self._free.pop()
+            if memory.shape == shape:
+                break
+        else:
+            memory = np.empty(shape, dtype=np.float32)
+        # The tensor, and every view of it, holds this array, and nobody else does: when it goes, the memory is free.
+        room = memory[:]
+        weakref.finalize(room, self._free.append, memory).atexit = False
+        return room
 
 
 class FeaturesDataModule(L.LightningDataModule):

@@ -13,8 +13,9 @@ from tqdm import tqdm
 from repcodec.audio import SAMPLE_RATE
 from repcodec.errors import RepCodecError
 from repcodec.manifest import Manifest, SoundList, num_cores
+from repcodec.shard_files import is_finished, num_shards_there, shard_path
 from repcodec.shard_writer import MOVES, write_shard
-from repcodec.shards import found_at, is_finished, num_shards_there, shard_path
+from repcodec.shards import found_at
 from repcodec.speech_encoders import BATCH_SECONDS, EncoderSpec, SpeechEncoder, batches_of
 
 READ_AHEAD = 2

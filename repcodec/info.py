@@ -10,7 +10,8 @@ from repcodec.architecture import FRAME_RATE, Architecture
 from repcodec.checkpoint import read_config
 from repcodec.errors import RepCodecError
 from repcodec.hub import local_folder
-from repcodec.shards import FeatureShards, num_shards_there
+from repcodec.shard_files import num_shards_there
+from repcodec.shards import FeatureShards
 from repcodec.tokens import is_json, read_about, read_root, read_tokens
 
 

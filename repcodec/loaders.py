@@ -68,21 +68,28 @@ class CropSampler(Sampler):
 
     def batch(self, number: int) -> list[tuple[int, int]]:
         """Return this rank's rows of batch `number`."""
-        first = (number * self.world_size + self.rank) * self.batch_size
-        return [self._crop(row) for row in range(first, first + self.batch_size)]
+        rows = (number * self.world_size + self.rank) * self.batch_size + np.arange(self.batch_size)
+        times, place = np.divmod(rows, len(self._folders))
+        chosen, starts = np.empty_like(rows), np.empty_like(rows)
+        for folder, mine in enumerate(self.utterances):
+            here = np.flatnonzero(self._folders[place] == folder)
+            shuffles, index = np.divmod(times[here] * self.weights[folder] + self._earlier[place[here]], len(mine))
+            for shuffle in np.unique(shuffles).tolist():
+                order, where = self._shuffle(folder, shuffle)
+                these = shuffles == shuffle
+                chosen[here[these]] = utterances = order[index[these]]
+                room = np.maximum(self.lengths[utterances] - self.num_frames, 0)
+                starts[here[these]] = where[index[these]] * (room + (room > 0))
+        return list(zip(chosen.tolist(), starts.tolist(), strict=True))
 
-    def _crop(self, row: int) -> tuple[int, int]:
-        times, place = divmod(row, len(self._folders))
-        folder = int(self._folders[place])
-        mine = self.utterances[folder]
-        shuffle, index = divmod(times * self.weights[folder] + int(self._earlier[place]), len(mine))
-        if self._shuffles[folder][0] != shuffle:
+    def _shuffle(self, folder: int, shuffle: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return a folder's utterances in the order of one of its shuffles, and where each is cropped, 0 to 1."""
+        kept = self._shuffles[folder]
+        if kept[0] != shuffle:
             rng = np.random.default_rng([self.seed, shuffle, folder])
-            self._shuffles[folder] = shuffle, rng.permutation(mine), rng.random(len(mine))
-        _, order, where = self._shuffles[folder]
-        utterance = int(order[index])
-        room = int(self.lengths[utterance]) - self.num_frames
-        return utterance, int(where[index] * (room + 1)) if room > 0 else 0
+            mine = self.utterances[folder]
+            kept = self._shuffles[folder] = shuffle, rng.permutation(mine), rng.random(len(mine))
+        return kept[1:]
 
 
 class ResumableLoader(DataLoader):
@@ -126,13 +133,17 @@ class ReadAheadLoader(ResumableLoader):
 
     def _read(self) -> Iterator[Any]:
         if self.num_threads == 0:
-            yield from super()._read()
+            yield from map(self.dataset.__getitem__, self.sampler)
             return
+        # Threads draw the crops too, so that this one, which trains, has nothing to do but take the batches.
         with ThreadPoolExecutor(self.num_threads) as pool:
             ahead: deque[Future] = deque()
-            for places in self.sampler:
-                ahead.append(pool.submit(self.dataset.__getitem__, places))
-                if len(ahead) > 2 * self.num_threads:
+            for number in range(self.sampler.position, len(self.sampler)):
+                ahead.append(pool.submit(self._make, number))
+                if len(ahead) > self.num_threads:
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()
+
+    def _make(self, number: int) -> Any:
+        return self.dataset[self.sampler.batch(number)]

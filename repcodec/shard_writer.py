@@ -17,7 +17,8 @@ import numpy as np
 
 from repcodec.errors import RepCodecError
 from repcodec.files import atomic_write, locked
-from repcodec.shards import SUFFIXES, check_finite, shard_path
+from repcodec.shard_files import SUFFIXES, shard_path
+from repcodec.shards import check_finite
 
 MOVES = ("root", "model")
 """What of a shard's description says only where files lie."""

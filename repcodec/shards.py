@@ -4,44 +4,15 @@ Beside them lies `{rank}_{n}.json`, which names the utterances and says how the 
 shards made by the published scripts lack it and are read all the same. `shard_writer.py` writes them.
 """
 
-import json
 import math
-import os
-import re
-import tokenize
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from repcodec.errors import RepCodecError
 from repcodec.manifest import utterance_id
-
-SUFFIXES = (".npy", ".len", ".json", ".skipped.tsv")
-"""Files of a shard: features, lengths, what they are, and the utterances left out, where any was."""
-
-
-def shard_path(folder: Path | str, rank: int, num_shards: int, suffix: str) -> Path:
-    """Return where shard `rank` of `num_shards` has its .npy, .len or .json."""
-    return Path(folder) / f"{rank}_{num_shards}{suffix}"
-
-
-def is_finished(folder: Path | str, rank: int, num_shards: int) -> bool:
-    """Say whether shard `rank` of `num_shards` has all its files."""
-    return all(shard_path(folder, rank, num_shards, suffix).exists() for suffix in SUFFIXES[:3])
-
-
-def num_shards_there(folder: Path | str) -> set[int]:
-    """Return of how many shards those of a folder are: one number, unless sets are mixed."""
-    return {num_shards for _, num_shards, _ in _numbered(Path(folder))}
-
-
-def _numbered(folder: Path) -> Iterator[tuple[int, int, Path]]:
-    """Yield rank, number of shards and path of every .npy file of a folder that is named like a shard."""
-    for path in folder.glob("*.npy"):
-        if match := re.fullmatch(r"(\d+)_(\d+)", path.stem):
-            yield int(match[1]), int(match[2]), path
+from repcodec.shard_files import SAME, Shard, check_alike, open_shard, shard_files
 
 
 def found_at(model: str) -> str:
@@ -81,24 +52,6 @@ def check_finite(features: np.ndarray, source: object, first: int = 0, step: int
         )
 
 
-@dataclass(frozen=True)
-class _Shard:
-    """One shard, opened: memory-mapped (rows, D) features, lengths, and its sidecar (empty when it has none).
-
-    `offset` is where the values begin in the file, in bytes.
-    """
-
-    path: Path
-    rows: np.ndarray
-    offset: int
-    lengths: np.ndarray
-    about: dict
-
-
-SAME = ("encoder", "weights_sha256", "layer", "frame_rate")
-"""What shards that are read together must agree on, where their .json says it."""
-
-
 class FeatureShards:
     """All shards of a split, read through memory maps.
 
@@ -131,15 +84,15 @@ class FeatureShards:
         """
         folders = [Path(one) for one in ([folder] if isinstance(folder, Path | str) else folder)]
         self.folder: Path | str = folders[0] if len(folders) == 1 else " + ".join(map(str, folders))
-        opened = [[_open_shard(path, dim) for path in _shard_files(one)] for one in folders]
+        opened = [[open_shard(path, dim) for path in shard_files(one)] for one in folders]
         self._folders = opened
         self._shards = [shard for shards in opened for shard in shards]
         first = self._shards[0]
         self.dim = first.rows.shape[1]
         for one, shards in zip(folders, opened, strict=True):
             for shard in shards:
-                _check_alike(shard, shards[0], (*SAME, "manifest_sha256"))
-            _check_alike(shards[0], first, [key for key in SAME if shards[0].about.get(key) and first.about.get(key)])
+                check_alike(shard, shards[0], (*SAME, "manifest_sha256"))
+            check_alike(shards[0], first, [key for key in SAME if shards[0].about.get(key) and first.about.get(key)])
             if not any(len(shard.rows) for shard in shards):
                 raise RepCodecError(f"{one}: the split is empty: its shards hold no frame; extract it again.")
         self.lengths = np.concatenate([shard.lengths for shard in self._shards])
@@ -242,13 +195,22 @@ class FeatureShards:
         check_finite(frames, self.where(utterance), int(start))
         return frames
 
-    def gather(self, utterances: Sequence[int], starts: Sequence[int], num_frames: int) -> tuple:
+    def gather(
+        self,
+        utterances: Sequence[int],
+        starts: Sequence[int],
+        num_frames: int,
+        out: np.ndarray | None = None,
+        check: bool = True,
+    ) -> tuple:
         """Copy crops straight into one batch, zeros where an utterance ends before its crop.
 
         Args:
             utterances: B utterances.
             starts: the first frame of each crop.
             num_frames: T, the frames of a crop.
+            out: (B, T, D) float32, where the batch shall lie; None: in new memory.
+            check: whether to look for values that are not finite.
 
         Returns:
             (B, T, D) float32 features and (B,) int64 valid frames of each.
@@ -256,17 +218,20 @@ class FeatureShards:
         Raises:
             RepCodecError: a value is not finite.
         """
-        batch = np.empty((len(utterances), num_frames, self.dim), dtype=np.float32)
-        lengths = np.zeros(len(utterances), dtype=np.int64)
+        batch = np.empty((len(utterances), num_frames, self.dim), dtype=np.float32) if out is None else out
+        chosen, first = np.asarray(utterances), np.asarray(starts)
+        lengths = np.maximum(np.minimum(self.lengths[chosen] - first, num_frames), 0)
+        rows = self._row_of[chosen] + first
+        places = zip(self._shard_of[chosen].tolist(), rows.tolist(), lengths.tolist(), strict=True)
         with np.errstate(over="ignore", invalid="ignore"):
-            for b, (utterance, start) in enumerate(zip(utterances, starts, strict=True)):
-                crop = self.features(utterance, start, start + num_frames)
-                frames, batch[b, len(crop) :] = batch[b, : len(crop)], 0
-                frames[:] = crop
-                lengths[b] = len(crop)
+            for b, (shard, row, length) in enumerate(places):
+                frames = batch[b, :length]
+                frames[:] = self._shards[shard].rows[row : row + length]
+                if length < num_frames:
+                    batch[b, length:] = 0
                 # The quickest look at all values: what is not finite makes this sum so. Large values may, too.
-                if not math.isfinite(np.vecdot(frames, frames).sum()):
-                    check_finite(frames, self.where(utterance), start)
+                if check and not math.isfinite(np.vecdot(frames, frames).sum()):
+                    check_finite(frames, self.where(utterances[b]), starts[b])
         return batch, lengths
 
     def sample(self, num_frames: int) -> np.ndarray:
@@ -280,7 +245,7 @@ class FeatureShards:
         """
         return self._sample(self._shards, num_frames)
 
-    def _sample(self, shards: Sequence[_Shard], num_frames: int) -> np.ndarray:
+    def _sample(self, shards: Sequence[Shard], num_frames: int) -> np.ndarray:
         step = max(1, -(-sum(len(shard.rows) for shard in shards) // num_frames))
         parts = []
         first = 0
@@ -290,109 +255,3 @@ class FeatureShards:
             parts.append(rows)
             first = (first - len(shard.rows)) % step
         return np.concatenate(parts)
-
-
-def _shard_files(folder: Path) -> list[Path]:
-    """List the .npy files of a folder in rank order, refusing an incomplete or mixed set."""
-    if not folder.is_dir():
-        raise RepCodecError(f"{folder}: no such folder of feature shards; `repcodec extract` makes one.")
-    found: dict[int, dict[int, Path]] = {}
-    for rank, num_shards, path in _numbered(folder):
-        found.setdefault(num_shards, {})[rank] = path
-    if len(found) != 1:
-        several = " and ".join(f"shards of {n}" for n in sorted(found))
-        raise RepCodecError(
-            f"{folder}: found {several or 'no {rank}_{n}.npy shard'}, expected one complete set; `repcodec extract` "
-            "makes one."
-        )
-    (num_shards, by_rank), *_ = found.items()
-    missing = sorted(set(range(num_shards)) - by_rank.keys())
-    if missing or len(by_rank) != num_shards:
-        raise RepCodecError(
-            f"{folder}: found {len(by_rank)} of {num_shards} shards, number {missing[:5]} is missing; extract it too."
-        )
-    return [by_rank[rank] for rank in range(num_shards)]
-
-
-def _open_shard(path: Path, dim: int | None) -> _Shard:
-    try:
-        with open(path, "rb") as file:
-            version = np.lib.format.read_magic(file)
-            read_header = (
-                np.lib.format.read_array_header_1_0 if version == (1, 0) else (np.lib.format.read_array_header_2_0)
-            )
-            shape, fortran_order, dtype = read_header(file)
-            offset = file.tell()
-            found_bytes = os.fstat(file.fileno()).st_size - offset
-    except (OSError, ValueError, SyntaxError, tokenize.TokenError) as error:  # the header is a Python literal
-        raise RepCodecError(f"{path}: not a readable .npy file ({error}); extract it again.") from error
-    if len(shape) != 2 or fortran_order or dtype.kind != "f":
-        order = "Fortran" if fortran_order else "C"
-        raise RepCodecError(
-            f"{path}: holds a {dtype} array of shape {shape} in {order} order, expected a (frames, width) float array "
-            "in C order."
-        )
-    if dim is not None and shape[1] != dim:
-        raise RepCodecError(
-            f"{path}: the features have width {shape[1]}, expected {dim}; choose the speech encoder they were made "
-            "with, or extract them again."
-        )
-    if found_bytes != shape[0] * shape[1] * dtype.itemsize:
-        raise RepCodecError(
-            f"{path}: the file is truncated or overlong: {found_bytes} bytes of values, expected "
-            f"{shape[0] * shape[1] * dtype.itemsize}; extract it again."
-        )
-    lengths = _read_lengths(path.with_suffix(".len"), rows=shape[0])
-    about = _read_sidecar(path.with_suffix(".json"), len(lengths))
-    # numpy cannot map an empty file; its own class of mapped arrays is slow to slice.
-    rows = np.asarray(np.memmap(path, dtype, "r", offset, shape)) if shape[0] else np.empty(shape, dtype)
-    return _Shard(path, rows, offset, lengths, about)
-
-
-def _check_alike(shard: _Shard, other: _Shard, keys: Sequence[str]) -> None:
-    """Refuse shards that cannot be read together."""
-    made = {"width": (shard.rows.shape[1], other.rows.shape[1])}
-    made |= {key: (shard.about.get(key), other.about.get(key)) for key in keys}
-    for key, (found, expected) in made.items():
-        if found != expected:
-            raise RepCodecError(
-                f"{shard.path}: {key} {found}, but {other.path} has {expected}; "
-                "shards that are read together must come from one speech encoder."
-            )
-
-
-def _read_lengths(path: Path, rows: int) -> np.ndarray:
-    try:
-        lines = path.read_text(encoding="ascii").split()
-        lengths = np.array(lines, dtype=np.int64)
-    except FileNotFoundError as error:
-        raise RepCodecError(f"{path} is missing: the shard was never finished; extract it again.") from error
-    except (OSError, ValueError, OverflowError) as error:
-        raise RepCodecError(f"{path}: expected one number of frames a line ({error}).") from error
-    if (lengths < 0).any():
-        raise RepCodecError(f"{path}: a length is negative ({lengths.min()}); extract this shard again.")
-    if lengths.sum() != rows:
-        raise RepCodecError(
-            f"{path}: the lengths sum to {lengths.sum()} frames, but the .npy beside it has {rows} rows; "
-            "extract this shard again."
-        )
-    return lengths
-
-
-def _read_sidecar(path: Path, num_utterances: int) -> dict:
-    if not path.exists():
-        return {}
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RepCodecError(f"{path}: not a readable shard description ({error}); extract this shard again.") from error
-    expected = {"root": str, "frame_rate": int | float, "utterances": list}
-    for key, kind in expected.items():
-        if not isinstance(about, dict) or not isinstance(about.get(key), kind):
-            raise RepCodecError(f"{path}: {key!r} is missing or of the wrong kind; extract this shard again.")
-    names = about["utterances"]
-    if len(names) != num_utterances or not all(isinstance(name, str) for name in names):
-        raise RepCodecError(
-            f"{path}: names {len(names)} utterances, the .len beside it {num_utterances}; extract this shard again."
-        )
-    return about

@@ -114,3 +114,26 @@ def whisper_folder(tmp_path_factory):
     from repcodec.demo_weights import convert_whisper_tiny_en
 
     return convert_whisper_tiny_en(tmp_path_factory.mktemp("weights"))
+
+
+SHARD_DIM, SHARD_LENGTHS = 4, [[3, 1, 5], [2], [4, 6]]
+"""Width, and frames of each utterance of the three shards, of `split`."""
+
+
+def published(folder, rows, lengths, name="0_1"):
+    """Write a shard as the published scripts do: numpy's own file, and the lengths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(folder / f"{name}.npy", rows)
+    (folder / f"{name}.len").write_text("".join(f"{length}\n" for length in lengths))
+    return folder / f"{name}.npy"
+
+
+@pytest.fixture
+def split(tmp_path):
+    """A folder of three published shards, and the features of each utterance in order."""
+    utterances = []
+    for rank, lengths in enumerate(SHARD_LENGTHS):
+        rows = np.random.default_rng(rank).standard_normal((sum(lengths), SHARD_DIM), dtype=np.float32)
+        published(tmp_path / "split", rows, lengths, f"{rank}_{len(SHARD_LENGTHS)}")
+        utterances += np.split(rows, np.cumsum(lengths)[:-1])
+    return tmp_path / "split", utterances

@@ -107,13 +107,29 @@ def test_wrong_width_is_one_sentence(splits):
         ShardsDataModule(dim=768, encoder="hubert_base", layer=9, dir=str(splits)).train_dataloader()
 
 
-def test_nan_in_a_worker_is_one_sentence(splits, tmp_path):
+def test_nan_is_one_sentence_where_whole_utterances_are_read(splits):
     path = splits / "train" / "0_2.npy"
     rows = np.load(path, mmap_mode="r+")
     rows[5, 2] = np.nan
     rows.flush()
     with pytest.raises(RepCodecError, match=r"0_2\.npy, spk/utt0\.wav: frame 5 holds NaN"):
-        next(iter(module(splits, batch_size=8, crop=60, num_workers=1).train_dataloader()))
+        list(module(splits).start_batches())
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 2, 3])
+def test_memory_of_a_batch_is_used_again_only_when_nothing_holds_it(splits, num_workers):
+    batches = iter(module(splits, batch_size=4, crop=16, num_workers=num_workers).train_dataloader())
+    alone = iter(module(splits, batch_size=4, crop=16).train_dataloader())
+    kept, memory = [], set()
+    for number, batch in enumerate(islice(batches, 60)):
+        memory.add(batch.features.data_ptr())
+        expected = next(alone)
+        assert torch.equal(batch.features, expected.features)
+        assert torch.equal(batch.utterances, expected.utterances)
+        if number % 10 == 0:  # a view, and what numpy makes of one, hold a batch too
+            kept.append((batch.features[1:] if number % 20 else batch.features[1:].numpy(), expected.features[1:]))
+    assert all(torch.equal(torch.as_tensor(view), expected) for view, expected in kept)
+    assert len(memory) < 25
 
 
 def test_start_batches_cover_the_training_split(splits):

@@ -16,7 +16,8 @@ from conftest import refused
 
 from repcodec.extraction import extract, feature_folder
 from repcodec.manifest import Manifest, make_manifest
-from repcodec.shards import FeatureShards, shard_path
+from repcodec.shard_files import shard_path
+from repcodec.shards import FeatureShards
 from repcodec.speech_encoders import EncoderSpec, SpeechEncoder, batches_of, encoder_table, load_speech_encoder
 
 ROOT = Path(__file__).parent.parent

@@ -9,7 +9,19 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "repcodec"
 LAYERS = [
-    {"errors", "files", "audio", "manifest", "shards", "shard_writer", "mixture", "cuts", "tokens", "labels"},
+    {
+        "errors",
+        "files",
+        "audio",
+        "manifest",
+        "shard_files",
+        "shards",
+        "shard_writer",
+        "mixture",
+        "cuts",
+        "tokens",
+        "labels",
+    },
     {
         "architecture",
         "checkpoint",

@@ -10,8 +10,9 @@ import pytest
 from conftest import refused
 
 from repcodec.errors import RepCodecError
+from repcodec.shard_files import is_finished, shard_path
 from repcodec.shard_writer import write_shard
-from repcodec.shards import FeatureShards, is_finished, shard_path
+from repcodec.shards import FeatureShards
 
 DIM = 4
 ABOUT = {"encoder": "e", "layer": 9, "frame_rate": 50.0, "root": "/audio"}
