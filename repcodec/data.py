@@ -125,7 +125,7 @@ class FeaturesDataModule(L.LightningDataModule):
         Args:
             dim: D.
             encoder, layer: of the features.
-            labels: a table of phone labels, for evaluation.
+            labels: phone labels in any format of `PhoneLabels.read`, for evaluation.
             batch_size: crops a batch and rank.
             crop: T, frames a crop; a shorter utterance is padded and masked.
             seed: of order and crops.
@@ -201,7 +201,7 @@ class FeaturesDataModule(L.LightningDataModule):
     @cached_property
     def phone_labels(self) -> PhoneLabels | None:
         """The phone labels, None where there are none."""
-        return PhoneLabels.read_tsv(self.labels) if self.labels is not None else None
+        return PhoneLabels.read(self.labels) if self.labels is not None else None
 
     def _rank(self) -> tuple[int, int]:
         """Return rank and world size; (0, 1) without a trainer."""

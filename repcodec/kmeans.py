@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from repcodec.checkpoint import load_tensors, read_config, save_folder
-from repcodec.errors import RepCodecError
+from repcodec.errors import RepCodecError, first_line
 from repcodec.hub import local_folder, push
 from repcodec.quantizers import NO_CODE, nearest_code
 from repcodec.stacks import frame_mask
@@ -85,6 +85,32 @@ class KMeansTokenizer(nn.Module):
         tokenizer.about = {key: value for key, value in config.items() if key not in described}
         load_tensors(folder, tokenizer)
         return tokenizer.eval()
+
+    @classmethod
+    def from_joblib(cls, path: Path | str, allow_pickle: bool = False) -> "KMeansTokenizer":
+        """Load scikit-learn's k-means model, as fairseq's scripts save it with joblib.
+
+        Args:
+            path: the file.
+            allow_pickle: unpickling runs whatever code the file holds: only for files of your own.
+
+        Raises:
+            RepCodecError: it is not allowed, or the file holds no k-means model.
+        """
+        if not allow_pickle:
+            raise RepCodecError(
+                f"{path} is a pickle, and reading one runs whatever code is in it; if it is your own, say "
+                "allow_pickle=true."
+            )
+        import joblib
+
+        try:
+            centroids = torch.as_tensor(joblib.load(path).cluster_centers_, dtype=torch.float32)
+        except Exception as error:  # a pickle may raise anything
+            raise RepCodecError(f"{path}: not a k-means model of scikit-learn ({first_line(error)}).") from error
+        if centroids.ndim != 2 or not torch.isfinite(centroids).all():
+            raise RepCodecError(f"{path}: cluster_centers_ are not finite (V, D) centroids.")
+        return cls(centroids).eval()
 
     @torch.no_grad()
     def encode(self, features: Tensor, lengths: Tensor | None = None) -> Tensor:

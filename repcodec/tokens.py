@@ -10,10 +10,13 @@ runs, and `"repeats": [length of each]`.
 Axes: K codebooks, N codes an utterance.
 """
 
+import gzip
 import json
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO
 
@@ -28,6 +31,9 @@ FORMATS = ("tokens", "jsonl")
 
 MAX_CODES = 100_000_000
 """Codes that one line may stand for, 23 days of speech: a run's length is no reason to fill the memory."""
+
+MAX_CODE = 2**31
+"""Codes are below this."""
 
 
 @dataclass(frozen=True)
@@ -87,26 +93,35 @@ def check_one_codebook(num_codebooks: int) -> None:
         )
 
 
-def read_tokens(path: Path | str) -> Iterator[Tokens]:
-    """Yield the utterances of a tokens file of either format, deduplicated or not.
+def read_tokens(path: Path | str, rank: int = 0, world_size: int = 1) -> Iterator[Tokens]:
+    """Yield the utterances of a tokens file of either format, deduplicated or not, gzipped or not.
+
+    Args:
+        path: the file.
+        rank, world_size: only utterances number `rank`, `rank + world_size` …
 
     Raises:
         RepCodecError: the file is unreadable or cut off, or a line is none of an utterance.
     """
     try:
-        with open(path, encoding="utf-8") as file:
+        with _open(path) as file:
             first = next(file, "")
             if not first.endswith("\n"):
                 raise RepCodecError(f"{path}: the file is empty or cut off in its first line; make it again.")
-            lines = enumerate(file, start=2)
-            parse = _parse_line
-            if first.startswith(_JSON):
-                yield _parse_json(first, f"{path}, line 1")
-                parse = _parse_json
-            for number, line in lines:
+            is_lines = first.startswith(_JSON)
+            lines = enumerate(chain([first], file) if is_lines else file, start=1 if is_lines else 2)
+            parse = _parse_json if is_lines else _parse_line
+            for number, line in islice(lines, rank, None, world_size):
                 yield parse(line, f"{path}, line {number}")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise RepCodecError(f"{path}: not a readable tokens file ({error}).") from error
+
+
+def _open(path: Path | str) -> IO[str]:
+    """Open a text file, unzipped where it is gzipped."""
+    with open(path, "rb") as file:
+        zipped = file.read(2) == b"\x1f\x8b"
+    return gzip.open(path, "rt", encoding="utf-8") if zipped else open(path, encoding="utf-8")
 
 
 def read_root(path: Path | str) -> str:
@@ -134,9 +149,9 @@ _JSON = '{"'
 
 def _first_line(path: Path | str) -> str:
     try:
-        with open(path, encoding="utf-8") as file:
+        with _open(path) as file:
             return next(file, "").rstrip("\n")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise RepCodecError(f"{path}: not a readable tokens file ({error}).") from error
 
 
@@ -148,13 +163,14 @@ def _parse_line(line: str, where: str) -> Tokens:
             f"{where}: found {line[:60]!r}, expected relative_path<TAB>codes and a line end; the file may be cut off, "
             "make it again."
         )
-    marks = text.split()
     try:
-        if marks and ":" in marks[0]:
-            pairs = [mark.split(":") for mark in marks]
+        if ":" in text:
+            pairs = [mark.split(":") for mark in text.split()]
             codes = _repeated([[int(code) for code, _ in pairs]], [int(length) for _, length in pairs], where)
         else:
-            codes = np.array([marks], dtype=np.int64)
+            codes = np.fromstring(text, dtype=np.int64, sep=" ")[None]  # six times as fast as int() of each
+            if codes.size != text.count(" ") + (text != ""):  # it ends at what is no number, and takes any space
+                codes = np.array([text.split()], dtype=np.int64)
     except (ValueError, OverflowError) as error:
         raise RepCodecError(f"{where}: a code is not a whole number ({error}).") from error
     return _checked(Tokens(name, codes), where)
@@ -194,8 +210,11 @@ def _repeated(rows: Sequence[Sequence[int]], repeats: Sequence[int], where: str)
 
 
 def _checked(tokens: Tokens, where: str) -> Tokens:
-    if tokens.codes.size and tokens.codes.min() < 0:
-        raise RepCodecError(f"{where}: code {tokens.codes.min()} is negative; make the file again.")
+    if tokens.codes.size and not 0 <= tokens.codes.min() <= tokens.codes.max() < MAX_CODE:
+        raise RepCodecError(
+            f"{where}: codes from {tokens.codes.min()} to {tokens.codes.max()}, expected 0 to {MAX_CODE - 1}; make the "
+            "file again."
+        )
     return tokens
 
 

@@ -55,7 +55,7 @@ def test_splits_share_no_voice_and_no_sentence(tmp_path):
 
 def test_labels_cover_the_sound_without_gaps(tmp_path):
     build_corpus(tmp_path, 0, FEW)
-    labels = PhoneLabels.read_tsv(tmp_path / "phones.tsv")
+    labels = PhoneLabels.read(tmp_path / "phones.tsv")
     for split in ("train", "valid", "test"):
         manifest = Manifest.read(tmp_path / f"{split}.tsv")
         for name, samples in zip(manifest.paths, manifest.num_samples, strict=True):

@@ -424,7 +424,7 @@ def test_codes_of_25_and_12_5_hz_are_made_written_evaluated_and_decoded(option, 
     assert result.row.bits_per_second == rate * 4
     # The phone at the centre of each code, counted by hand.
     joint = np.zeros((3, 16))
-    phones = PhoneLabels.read_tsv(labels).phones
+    phones = PhoneLabels.read(labels).phones
     for utterance, row in enumerate(codes):
         for n, code in enumerate(row[0].tolist()):
             place = int((n + 0.5) / rate * 7)

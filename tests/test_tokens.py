@@ -1,3 +1,4 @@
+import gzip
 import json
 import os
 import subprocess
@@ -200,7 +201,7 @@ def test_a_line_that_is_not_path_tab_codes_is_refused(tmp_path, line):
         list(read_tokens(tmp_path / "a"))
 
 
-@pytest.mark.parametrize("codes", ["1 x 3", "1.5", "1 nan", "1,2", "1\t2 x", str(2**64), "1:2 3", "1:2:3", "x:1"])
+@pytest.mark.parametrize("codes", ["1 x 3", "1.5", "1 nan", "1,2", "1\t2 x", "1:2 3", "1:2:3", "x:1"])
 def test_a_code_that_is_not_a_whole_number_is_refused(tmp_path, codes):
     (tmp_path / "a").write_text(f"/audio\na.wav\t1 2 3\nb.wav\t{codes}\n")
 
@@ -208,12 +209,32 @@ def test_a_code_that_is_not_a_whole_number_is_refused(tmp_path, codes):
         list(read_tokens(tmp_path / "a"))
 
 
-@pytest.mark.parametrize("codes", ["1 -3", "-1:2"])
-def test_a_negative_code_is_refused(tmp_path, codes):
+@pytest.mark.parametrize("codes", ["1 -3", "-1:2", str(2**31), str(2**64), f"1 {2**31}:2"])
+def test_a_code_that_no_codebook_has_is_refused(tmp_path, codes):
     (tmp_path / "a").write_text(f"/audio\nb.wav\t{codes}\n")
 
-    with refused(tmp_path / "a", "line 2", "negative"):
+    with refused(tmp_path / "a", "line 2"):
         list(read_tokens(tmp_path / "a"))
+
+
+def test_a_gzipped_file_is_read_and_a_cut_one_refused(tmp_path):
+    lines = "/audio\n" + "".join(f"{name}.wav\t{i} {i + 1}\n" for i, name in enumerate("abcdefg"))
+    (tmp_path / "a.gz").write_bytes(gzip.compress(lines.encode()))
+    assert [found.name for found in read_tokens(tmp_path / "a.gz")] == [f"{name}.wav" for name in "abcdefg"]
+    assert read_root(tmp_path / "a.gz") == "/audio"
+    (tmp_path / "a.gz").write_bytes((tmp_path / "a.gz").read_bytes()[:-9])
+    with refused(tmp_path / "a.gz", "not a readable tokens file"):
+        list(read_tokens(tmp_path / "a.gz"))
+
+
+@pytest.mark.parametrize("kind", ["tokens", "jsonl"])
+def test_every_rank_reads_its_share(tmp_path, kind):
+    found = [Tokens(f"{name}.wav", np.array([[i, i + 1]])) for i, name in enumerate("abcdefg")]
+    text = "".join(format_line(tokens, kind) for tokens in found)
+    (tmp_path / "a").write_text(text if kind == "jsonl" else "/audio\n" + text)
+    for world in (2, 3, 9):
+        parts = [[tokens.name for tokens in read_tokens(tmp_path / "a", rank, world)] for rank in range(world)]
+        assert parts == [[tokens.name for tokens in found][rank::world] for rank in range(world)]
 
 
 @pytest.mark.parametrize("codes", ["1:0", "1:-2", "1:99999999999", "1:60000000 2:60000000"])
