@@ -1,4 +1,4 @@
-# make demo | test | test-all | lint | venv | clean. The environment .venv makes and updates itself.
+# make demo | compare | test | test-all | lint | venv | clean. The environment .venv makes and updates itself.
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
@@ -9,7 +9,13 @@ OUT := outputs/$(RUN)
 DATA := $(if $(AUDIO),"data.audio='$(AUDIO)'") $(if $(LABELS),"data.labels='$(LABELS)'")
 FEATURES := cache/$(RUN)/features/whisper_tiny_en/l3
 
-.PHONY: venv demo test test-all lint clean
+# What make compare compares: codecs and k-means of these sizes, and residual codebooks; and how long codecs train.
+SIZES ?= 100,500,1024,2048
+CODEBOOKS ?= 2,4
+STEPS ?= 200
+COMPARE = experiment=demo data.name=demo trainer.max_steps=$(STEPS) $(DATA)
+
+.PHONY: venv demo compare test test-all lint clean
 venv: $(VENV)/.installed
 
 # Anything that says what to install is newer than the mark: install again.
@@ -30,6 +36,12 @@ demo: venv
 	  '  $(BIN)/repcodec tokenize $(OUT)/codec $(FEATURES)/valid -o valid.tokens' \
 	  '  $(BIN)/python train.py experiment=demo run=rvq data.name=$(RUN) quantizer=rvq $(subst ','\'',$(DATA))' \
 	  '  make demo AUDIO=folder-of-recordings RUN=mine'
+
+compare: venv
+	$(BIN)/python train.py -m run=compare/sizes quantizer.codebook_size=$(SIZES) $(COMPARE)
+	$(BIN)/python train.py -m run=compare/residual quantizer=rvq quantizer.num_codebooks=$(CODEBOOKS) $(COMPARE)
+	$(BIN)/python evaluate.py run=compare encoder=whisper_tiny_en data=demo data.name=demo $(DATA) \
+	  "tokenizers=['outputs/compare/*/*/codec']" "kmeans=[$(SIZES)]" corpus=true abx=true probe=true robustness=true
 
 test: venv
 	$(BIN)/python -m pytest -n 2 -m 'not slow'

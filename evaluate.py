@@ -1,51 +1,75 @@
-"""Compare tokenizers on a set of features: `python evaluate.py --help`."""
+"""Compare tokenizers on a set of features, or tokens files by their codes alone: `python evaluate.py --help`."""
 
 import os
+from datetime import timedelta
+from glob import glob
 from pathlib import Path
 
 import hydra
+import torch.distributed as dist
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from repcodec.checkpoint import read_config
-from repcodec.errors import RepCodecError, one_sentence
-from repcodec.evaluation import evaluate, fit_kmeans
-from repcodec.pipeline import load_tokenizer, usable_device
-from repcodec.report import print_table, read_curve, write_report
+from repcodec.comparison import Comparison, Plan
+from repcodec.dashboards import WandbRun
+from repcodec.data import FeaturesDataModule
+from repcodec.errors import one_sentence
+from repcodec.evaluation import Measures, rank_and_world
+from repcodec.labels import PhoneLabels
+from repcodec.pipeline import usable_device
+from repcodec.quantizers import first_rank_first
+from repcodec.report import log_table, print_table, write_report
 from repcodec.speech_encoders import EncoderSpec
-from repcodec.tokenization import check_fits, label
+from repcodec.tokens_evaluation import TokensFacts
 
 
 def compare(config: DictConfig) -> None:
     """Evaluate every tokenizer, print the table and write the report."""
-    for folder in config.tokenizers:
-        read_config(folder)  # a misspelt folder is told before any features are made
-    EncoderSpec(**config.encoder).valid_layer(config.layer)
-    data = instantiate(config.data)
-    device = data.device = usable_device(config.device)
-    data.prepare_data()
-    run_dir = Path(config.run_dir)
-    scored = data.split(config.split)
-    tokenizers = [(folder, load_tokenizer(folder)) for folder in config.tokenizers]
-    for folder, tokenizer in tokenizers:
-        check_fits(tokenizer, folder, scored)
-    # A folder's name tells codecs apart only where there are several.
-    where = {folder: f", {folder}" if len(tokenizers) > 1 else "" for folder, _ in tokenizers}
-    models = [(f"{label(tokenizer)}{where[folder]}", tokenizer) for folder, tokenizer in tokenizers]
-    for size in config.kmeans:
-        kmeans = fit_kmeans(data, size, run_dir / f"kmeans-{size}")
-        models.append((label(kmeans), kmeans))
-    if not models:
-        raise RepCodecError("tokenizers and kmeans are both empty: name at least one tokenizer to evaluate.")
-    results = [evaluate(model.to(device), name, data, config.split, config.corpus) for name, model in models]
-    minutes = scored.lengths.sum() / config.encoder.frame_rate / 60
-    facts = {
-        "features": f"{config.encoder.name}, layer {config.layer}, width {config.encoder.dim}",
-        "set": f"{config.split}, {minutes:.1f} minutes, of {data.source}",
-    }
-    write_report(run_dir, results, facts, data.phone_labels, read_curve(run_dir / "logs"))
-    print_table(results, f"{facts['features']}: {config.split}")
-    print(f"Written to {run_dir}: report.html, results.json, results.csv and the plots as PNG")
+    run_dir, device = Path(config.run_dir), usable_device(config.device)
+    # Tokens files need no features: then tokenizers are measured too only where some are named.
+    named = [str(run_dir / "codec")] if config.tokenizers is None and not config.tokens else config.tokenizers or []
+    tokenizers = [place for pattern in named for place in sorted(glob(pattern)) or [pattern]]
+    kmeans = [1024] if config.kmeans is None and not config.tokens else config.kmeans or []
+    for place in map(Path, tokenizers):
+        if not place.is_file():
+            read_config(place)  # a misspelt folder is told before any features are made
+    data: FeaturesDataModule | None = None
+    if tokenizers or kmeans:
+        EncoderSpec(**config.encoder).valid_layer(config.layer)
+        data = instantiate(config.data, **({"labels": config.labels} if config.labels else {}))
+        data.device = device
+        with first_rank_first() as first:
+            if first:
+                data.prepare_data()
+    if data is not None:
+        labels = data.phone_labels
+    else:
+        labels = PhoneLabels.read(config.labels) if config.labels is not None else None
+    plan = Plan(
+        run_dir=run_dir,
+        data=data,
+        split=config.split,
+        measures=Measures(config.corpus, config.abx, config.probe, config.speaker),
+        robustness=config.robustness,
+        tokenizers=[str(place) for place in tokenizers],
+        kmeans=list(kmeans),
+        tokens=list(config.tokens),
+        facts=TokensFacts(config.manifest, config.codes_per_second, config.codebook_size),
+        labels=labels,
+        allow_pickle=config.allow_pickle,
+        device=device,
+    )
+    comparison = Comparison(plan)
+    results = comparison.run()
+    if rank_and_world()[0] > 0:
+        return
+    facts = comparison.facts()
+    write_report(run_dir, results, facts, labels.phones if labels is not None else None, comparison.examples())
+    print_table(results, facts.get("features", "tokens files"))
+    if config.wandb is not None:
+        log_table(results, WandbRun(project=config.wandb, name=config.run, save_dir=str(run_dir)).experiment)
+    print(f"Written to {run_dir}: report.html, results.json, results.csv, results.md and the plots as PNG")
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
@@ -57,5 +81,7 @@ def main(config: DictConfig) -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra's errors too come here, to end in one sentence
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # torchrun started several
+        dist.init_process_group("gloo", timeout=timedelta(days=1))  # a rank may wait long for another's share
     with one_sentence():
         main()

@@ -1,118 +1,36 @@
-"""Tokenizers x features -> results."""
+"""Tokenizers x features -> results; and the same for the codes of a tokens file, whatever made it.
 
-from dataclasses import asdict, dataclass, field
+Axes: K codebooks, N codes an utterance, T frames, D feature width.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from repcodec.abx import AbxErrors, Distance, abx_items, abx_sums
+from repcodec.architecture import FRAME_RATE
 from repcodec.checkpoint import read_config
 from repcodec.data import SAMPLE_FRAMES, FeaturesDataModule
 from repcodec.errors import RepCodecError
 from repcodec.kmeans import KMeansTokenizer
-from repcodec.labels import PhoneLabels
-from repcodec.metrics import CodeUsage, NormalizedError, PhoneAgreement
+from repcodec.labels import SPEAKER, matched, matched_sentence, speaker_of
+from repcodec.metrics import CodeUsage
 from repcodec.packing import Tokenizer
-from repcodec.quantizers import fit_centroids
+from repcodec.probe import ProbeData, check_held_out, phone_error_rate, probe_data
+from repcodec.quantizers import fit_centroids, several_ranks, sum_over_ranks
+from repcodec.results import Result, Row
+from repcodec.scores import Scores
 from repcodec.shards import FeatureShards
 from repcodec.tokenization import encode_shards
 
-
-@dataclass
-class Row:
-    """One tokenizer's figures on a split; None where something was not measured.
-
-    Attributes:
-        name: of the tokenizer.
-        num_codebooks, codebook_size: K and V; 0 and 0 in the row of the features themselves, the ceiling.
-        normalized_error: sum |x - x̂|² / sum |x - mean|², the mean being the training set's.
-        cosine_similarity: of features and reconstruction, the mean over frames, -1 to 1.
-        perplexity: of the codes, over the whole split.
-        used_share: share of the codes used in the split, 0 to 1.
-        corpus_used_share: the same over all splits together.
-        bits_per_second: codes per second times log2 of the codebook size, over all codebooks.
-        entropy_bits_per_second: codes per second times the entropy of the codes.
-        codes_per_second: over all codebooks.
-        deduplicated_per_second: the same when runs of equal codes are one.
-        pnmi, phone_purity, cluster_purity, v_measure: of the first codebook's codes, 0 to 1; need phone labels.
-        abx_within, abx_across: ABX error of the codes within and across speakers, 0 to 1 (chance 0.5).
-        abx_reconstruction_within, abx_reconstruction_across: the same of what decodes from them.
-        unit_edit_distance: by augmentation, edits a code between tokens of clean and of augmented speech.
-        phone_error_rate: of the probe on held-out speakers, the mean over its seeds.
-        phone_error_rates: one a seed.
-        valid_normalized_error: normalized_error of the validation split.
-        intervals: by field, the 95 % interval over utterances (bootstrap).
-        warnings: what the reader should know about these figures, a sentence each.
-    """
-
-    name: str
-    num_codebooks: int = 0
-    codebook_size: int = 0
-    normalized_error: float | None = None
-    cosine_similarity: float | None = None
-    perplexity: float | None = None
-    used_share: float | None = None
-    corpus_used_share: float | None = None
-    bits_per_second: float | None = None
-    entropy_bits_per_second: float | None = None
-    codes_per_second: float | None = None
-    deduplicated_per_second: float | None = None
-    pnmi: float | None = None
-    phone_purity: float | None = None
-    cluster_purity: float | None = None
-    v_measure: float | None = None
-    abx_within: float | None = None
-    abx_across: float | None = None
-    abx_reconstruction_within: float | None = None
-    abx_reconstruction_across: float | None = None
-    unit_edit_distance: dict[str, float] | None = None
-    phone_error_rate: float | None = None
-    phone_error_rates: list[float] | None = None
-    valid_normalized_error: float | None = None
-    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-
-    def as_dict(self) -> dict:
-        """Return the figures as plain values, for JSON."""
-        return asdict(self)
-
-
-@dataclass
-class Result:
-    """A row, and what its plots are drawn from.
-
-    Attributes:
-        row: the figures.
-        usage: (K, V) frames a code; (0, 0) in the row of the features.
-        joint: (phones, V) frames of each phone and code of the first codebook; None without labels.
-        curve: (step, normalized error) of each validation of its training; empty where that is not known.
-    """
-
-    row: Row
-    usage: np.ndarray
-    joint: np.ndarray | None = None
-    curve: list[tuple[int, float]] = field(default_factory=list)
-
-
-@dataclass
-class Example:
-    """An utterance, to look at and to listen to.
-
-    Attributes:
-        utterance: its id.
-        duration: seconds.
-        sound: (S,) float32 at 16 kHz; None where there is none.
-        phones: start and end in seconds, and phone, of each segment; empty without labels.
-        codes: of each tokenizer by name, (N,) codes of its first codebook and their number a second.
-    """
-
-    utterance: str
-    duration: float
-    sound: np.ndarray | None
-    phones: list[tuple[float, float, str]]
-    codes: dict[str, tuple[np.ndarray, float]]
+PROBE_SEEDS = (0, 1, 2)
+"""Of the recognition probe's runs, whose spread says how much a difference between tokenizers means."""
 
 
 def fit_kmeans(data: FeaturesDataModule, codebook_size: int, folder: Path) -> KMeansTokenizer:
@@ -137,8 +55,11 @@ def fit_kmeans(data: FeaturesDataModule, codebook_size: int, folder: Path) -> KM
     # starts from these very codes.
     mean, scale = data.statistics.mean, data.statistics.scale
     frames = (torch.from_numpy(data.train.sample(SAMPLE_FRAMES)) - mean) / torch.tensor(scale)
-    print(f"Fitting k-means of {codebook_size} codes to {len(frames):,} frames …", flush=True)
-    centroids = torch.from_numpy(fit_centroids(frames.numpy(), codebook_size, data.seed))
+    fit, about["fitted_with"] = _kmeans_library()
+    print(
+        f"Fitting k-means of {codebook_size} codes to {len(frames):,} frames with {about['fitted_with']} …", flush=True
+    )
+    centroids = torch.from_numpy(fit(frames.numpy(), codebook_size, data.seed))
     tokenizer = KMeansTokenizer(centroids * scale + mean)
     tokenizer.about = {**about, **known, "repcodec_version": version("repcodec")}
     if data.train.frame_rate is not None:
@@ -147,104 +68,247 @@ def fit_kmeans(data: FeaturesDataModule, codebook_size: int, folder: Path) -> KM
     return tokenizer
 
 
-@torch.inference_mode()
-def evaluate(
-    tokenizer: Tokenizer, name: str, data: FeaturesDataModule, split: str = "test", corpus: bool = False
-) -> Result:
-    """Measure a tokenizer on a split.
+def _kmeans_library() -> tuple[Callable[[np.ndarray, int, int], np.ndarray], str]:
+    """Return what fits k-means, and its name: faiss where it is installed, which is faster, else scikit-learn."""
+    try:
+        import faiss
+    except ImportError:
+        return fit_centroids, f"scikit-learn {version('scikit-learn')}"
 
-    Args:
-        tokenizer: a codec or a k-means model, on its device.
-        name: what tables call it.
-        data: the feature set; its training split gives the mean.
-        split: which split the figures are of.
-        corpus: whether to run over all splits that there are, for the codes used in them together.
-
-    Raises:
-        RepCodecError: there is no such split, the tokenizer takes another width, or labels and features share no
-            utterance.
-    """
-    if tokenizer.dim != data.dim:
-        raise RepCodecError(
-            f"{name} takes features of width {tokenizer.dim}, but {data.source} holds width {data.dim}; "
-            "choose the encoder it was trained on with encoder=…"
+    def fit(frames: np.ndarray, codebook_size: int, seed: int) -> np.ndarray:
+        if len(frames) < codebook_size:
+            raise RepCodecError(
+                f"k-means of {codebook_size} codes needs at least as many frames, found {len(frames)}; take a smaller "
+                "codebook or more speech."
+            )
+        most = -(-len(frames) // codebook_size)  # points a centroid: all frames, faiss would draw some
+        kmeans = faiss.Kmeans(
+            frames.shape[1],
+            codebook_size,
+            niter=100,
+            seed=seed,
+            min_points_per_centroid=1,
+            max_points_per_centroid=most,
         )
-    splits = {split: data.split(split)}
-    if corpus:
-        others = [other for other in ("train", "valid", "test") if other != split and data.has_split(other)]
-        splits |= {other: data.split(other) for other in others}
-    passes = {other: _run(tokenizer, shards, data, f"{name}, {other}") for other, shards in splits.items()}
-    used = torch.stack([measured.usage.counts for measured in passes.values()]).sum(0) > 0
-    shards, measured = splits[split], passes[split]
-    usage = {key: float(value) for key, value in measured.usage.compute().items() if value.ndim == 0}
-    codes_per_second = (shards.frame_rate or 50) / tokenizer.stride
-    agreement = _phone_agreement(data.phone_labels, measured.codes, shards, tokenizer)
-    phones = {key: float(value) for key, value in agreement.compute().items()} if agreement is not None else {}
-    row = Row(
-        name=name,
-        normalized_error=float(measured.error.compute()),
-        perplexity=usage["perplexity"],
-        used_share=usage["used_share"],
-        corpus_used_share=float(used.double().mean()) if corpus else None,
-        bits_per_second=codes_per_second * tokenizer.num_codebooks * float(np.log2(tokenizer.codebook_size)),
-        entropy_bits_per_second=codes_per_second * usage["entropy_bits"],
-        codes_per_second=codes_per_second * tokenizer.num_codebooks,
-        pnmi=phones.get("pnmi"),
-        phone_purity=phones.get("phone_purity"),
-        valid_normalized_error=float(passes["valid"].error.compute()) if "valid" in passes else None,
-        num_codebooks=tokenizer.num_codebooks,
-        codebook_size=tokenizer.codebook_size,
-    )
-    return Result(row, measured.usage.counts.numpy(), agreement.joint.numpy() if agreement is not None else None)
+        kmeans.train(np.ascontiguousarray(frames, dtype=np.float32))
+        return kmeans.centroids
+
+    return fit, f"faiss {faiss.__version__}"
 
 
-@dataclass
-class _Pass:
-    """One pass over a split: its codes, their use, and the error of what decodes from them."""
+@dataclass(frozen=True)
+class Measures:
+    """What is measured besides reconstruction, use of the codes and agreement with phones.
 
-    codes: list[Tensor]
-    usage: CodeUsage
-    error: NormalizedError
-
-
-def _run(tokenizer: Tokenizer, shards: FeatureShards, data: FeaturesDataModule, description: str) -> _Pass:
-    error = NormalizedError(data.statistics.mean)
-    usage = CodeUsage(tokenizer.num_codebooks, tokenizer.codebook_size)
-    kept = []
-    for features, codes in encode_shards(tokenizer, shards, description):
-        kept.append(codes)
-        if codes.shape[1] == 0:
-            continue
-        reconstruction = tokenizer.decode(codes[None].to(tokenizer.device))[0, : len(features)].cpu()
-        features = features[: len(reconstruction)]  # a converted strided codec leaves a rest at the end out
-        error.update(reconstruction, features, torch.ones(len(features), dtype=torch.bool))
-        usage.update(codes[None])
-    return _Pass(kept, usage, error)
-
-
-def _phone_agreement(
-    labels: PhoneLabels | None, codes: list[Tensor], shards: FeatureShards, tokenizer: Tokenizer
-) -> PhoneAgreement | None:
-    """Count phones against codes; None without labels.
-
-    Raises:
-        RepCodecError: the shards do not name their utterances, or no label is of one of them, or one is of several.
+    Attributes:
+        corpus: codes used over all splits together, and the error of the validation split.
+        abx: ABX errors of codes and reconstruction; needs phone labels.
+        probe: the recognition probe, trained on the split "train"; needs phone labels.
+        speaker: regular expression of the speaker in an utterance's id.
     """
-    if labels is None:
-        return None
-    if shards.ids is None or shards.frame_rate is None:
-        raise RepCodecError(f"{shards.folder}: no .json names the utterances, so phone labels cannot be matched.")
-    keys = [labels.key(utterance) for utterance in shards.ids]
-    matched = [key for key in keys if key is not None]
-    if len(set(matched)) < len(matched):
-        twice = next(key for key in matched if matched.count(key) > 1)
-        raise RepCodecError(f"{shards.folder}: the labels of {twice!r} fit several utterances; use paths as ids.")
-    agreement = PhoneAgreement(len(labels.phones), tokenizer.codebook_size)
-    code_rate = shards.frame_rate / tokenizer.stride
-    for utterance, key in enumerate(keys):
-        if key is not None:
-            phones = labels.frames(key, codes[utterance].shape[1], code_rate)
-            agreement.update(torch.from_numpy(phones), codes[utterance][0])
-    if agreement.joint.sum() == 0:
-        raise RepCodecError(f"{shards.folder}: no frame has a phone label; the first utterance is {shards.ids[0]!r}.")
-    return agreement
+
+    corpus: bool = False
+    abx: bool = False
+    probe: bool = False
+    speaker: str = SPEAKER
+
+
+class Evaluation:
+    """One split of a set of features, on which tokenizers are measured alike.
+
+    In several processes each codes every n-th utterance; all of them get the same results.
+
+    Attributes:
+        shards: the split.
+        ids: of its utterances; their numbers where the shards do not name them.
+    """
+
+    def __init__(self, data: FeaturesDataModule, split: str = "test", measures: Measures | None = None):
+        """Open the split and match the labels.
+
+        Args:
+            data: the feature set; its training split gives the mean.
+            split: which split the figures are of.
+            measures: what is measured besides the usual.
+
+        Raises:
+            RepCodecError: there is no such split, it names no utterances though there are labels, labels are not of
+                its utterances, or a measure needs labels that are missing.
+        """
+        self.data, self.split, self.measures = data, split, measures or Measures()
+        self.labels = data.phone_labels
+        self.shards, self.ids, self.keys = self._open(split, say=True)
+        if self.labels is None and (self.measures.abx or self.measures.probe):
+            raise RepCodecError("abx and probe need phone labels: give data.labels=FILE, or turn them off.")
+        if self.measures.abx and self.labels is not None:
+            self._items = abx_items(self.labels, self.ids, self._speakers(self.ids))
+        if self.measures.probe:
+            self._probe_train = self._open("train")
+            check_held_out(self._speakers(self._probe_train[1]), self._speakers(self.ids))
+
+    def _open(self, split: str, say: bool = False) -> tuple[FeatureShards, list[str], list[str | None]]:
+        """Return a split, the ids of its utterances and the labels' ids of them."""
+        shards = self.data.split(split)
+        ids = shards.ids or [str(number) for number in range(len(shards))]
+        if self.labels is None:
+            return shards, ids, [None] * len(ids)
+        if shards.ids is None or shards.frame_rate is None:
+            raise RepCodecError(f"{shards.folder}: no .json names the utterances, so phone labels cannot be matched.")
+        keys = matched(self.labels, ids)
+        self.labels.check_durations(keys, (shards.lengths / shards.frame_rate).tolist())
+        if say and rank_and_world()[0] == 0:
+            print(matched_sentence(keys), flush=True)
+        return shards, ids, keys
+
+    def _speakers(self, ids: Sequence[str]) -> list[str]:
+        return [speaker_of(utterance, self.measures.speaker) for utterance in ids]
+
+    @property
+    def frame_rate(self) -> float:
+        """Frames per second of the features."""
+        return self.shards.frame_rate or FRAME_RATE
+
+    def measure(self, tokenizer: Tokenizer, name: str) -> Result:
+        """Measure a tokenizer.
+
+        Args:
+            tokenizer: a codec or a k-means model, on its device.
+            name: what tables call it.
+
+        Raises:
+            RepCodecError: the tokenizer takes another width, or a value is not finite.
+        """
+        if tokenizer.dim != self.data.dim:
+            raise RepCodecError(
+                f"{name} takes features of width {tokenizer.dim}, but {self.data.source} holds width {self.data.dim}; "
+                "choose the encoder it was trained on with encoder=…"
+            )
+        rate = self.frame_rate / tokenizer.stride
+        mean = self.data.statistics.mean
+        scores = Scores(tokenizer.num_codebooks, tokenizer.codebook_size, rate, self.labels, mean)
+        codes: dict[int, Tensor] = {}
+        for number, features, found in _encoded(tokenizer, self.shards, f"{name}, {self.split}"):
+            reconstruction = _decoded(tokenizer, found)[: len(features)]
+            # A converted strided codec leaves a rest at the end out.
+            features = features[: len(reconstruction)]
+            scores.add(self.ids[number], found, self.keys[number], features, reconstruction)
+            if self.measures.abx or self.measures.probe:
+                codes[number] = found
+        result = scores.result(name)
+        codes = of_all_ranks(codes)
+        if self.measures.corpus:
+            self._measure_corpus(tokenizer, result)
+        if self.measures.abx:
+            of_codes = self._abx(lambda number: codes[number].T.numpy(), rate, "different")
+            decoded = self._abx(lambda number: _decoded(tokenizer, codes[number]).numpy(), self.frame_rate, "angular")
+            result.row.abx_within, result.row.abx_across = of_codes.within, of_codes.across
+            result.row.abx_reconstruction_within = decoded.within
+            result.row.abx_reconstruction_across = decoded.across
+        if self.measures.probe:
+            shards, _, keys = self._probe_train
+            train = of_all_ranks({n: found for n, _, found in _encoded(tokenizer, shards, f"{name}, train")})
+            heard = self._probe_data(train, keys, rate, "train")
+            unheard = self._probe_data(codes, self.keys, rate, self.split)
+            self._probe(result.row, name, heard, unheard, tokenizer.codebook_size)
+        return result
+
+    def measure_features(self) -> Result:
+        """Measure the features themselves: what no code can beat, where a measure is of phones."""
+        row = Row(name="features")
+        if self.measures.abx:
+            errors = self._abx(self.shards.read, self.frame_rate, "angular")
+            row.abx_within, row.abx_across = errors.within, errors.across
+        if self.measures.probe:
+            shards, _, keys = self._probe_train
+            train, test = (
+                self._probe_data({n: torch.from_numpy(s.read(n)) for n in range(len(s))}, k, self.frame_rate, split)
+                for s, k, split in ((shards, keys, "train"), (self.shards, self.keys, self.split))
+            )
+            self._probe(row, row.name, train, test, None)
+        return Result(row, np.zeros((0, 0), dtype=np.int64))
+
+    def _measure_corpus(self, tokenizer: Tokenizer, result: Result) -> None:
+        """Run over the other splits too: codes used in any, and the validation split's error."""
+        rate = self.frame_rate / tokenizer.stride
+        counts = torch.from_numpy(result.usage)
+        if self.split == "valid":
+            result.row.valid_normalized_error = result.row.normalized_error
+        for split in ("train", "valid", "test"):
+            if split == self.split or not self.data.has_split(split):
+                continue
+            name = f"{result.row.name}, {split}"
+            if split == "valid":
+                scores = Scores(tokenizer.num_codebooks, tokenizer.codebook_size, rate, None, self.data.statistics.mean)
+                for number, features, codes in _encoded(tokenizer, self.data.split(split), name):
+                    decoded = _decoded(tokenizer, codes)[: len(features)]
+                    scores.add(str(number), codes, None, features[: len(decoded)], decoded)
+                of_split = scores.result(name)
+                result.row.valid_normalized_error = of_split.row.normalized_error
+                counts = counts + torch.from_numpy(of_split.usage)
+            else:
+                usage = CodeUsage(tokenizer.num_codebooks, tokenizer.codebook_size)
+                for _, _, codes in _encoded(tokenizer, self.data.split(split), name):
+                    usage.update(codes[None])
+                counts = counts + usage.compute()["counts"]
+        result.row.corpus_used_share = float((counts > 0).double().mean())
+
+    def _abx(self, frames: Callable[[int], np.ndarray], frame_rate: float, distance: Distance) -> AbxErrors:
+        """Return ABX errors over the cells of all ranks."""
+        sums = abx_sums(self._items, frames, frame_rate, distance, *rank_and_world())
+        sums.table[:] = sum_over_ranks(torch.from_numpy(sums.table)).numpy()
+        return sums.errors()
+
+    def _probe_data(
+        self, inputs: Mapping[int, Tensor], keys: Sequence[str | None], rate: float, split: str
+    ) -> ProbeData:
+        assert self.labels is not None
+        numbers = [number for number in sorted(inputs) if keys[number] is not None]
+        utterances = [str(keys[number]) for number in numbers]
+        return probe_data(self.labels, utterances, [inputs[number] for number in numbers], rate, f"split {split}")
+
+    def _probe(self, row: Row, name: str, train: ProbeData, test: ProbeData, codebook_size: int | None) -> None:
+        """Train the probe once a seed, each rank its share of the seeds, and note the error rates."""
+        assert self.labels is not None
+        rank, world = rank_and_world()
+        rates = {
+            seed: phone_error_rate(
+                train, test, num_phones=len(self.labels.phones), codebook_size=codebook_size, seed=seed,
+                description=f"{name}, probe",
+            )
+            for seed in PROBE_SEEDS[rank::world]
+        }  # fmt: skip
+        rates = of_all_ranks(rates)
+        row.phone_error_rates = [rates[seed] for seed in PROBE_SEEDS]
+        row.phone_error_rate = float(np.mean(row.phone_error_rates))
+
+
+def rank_and_world() -> tuple[int, int]:
+    """Return this process's number and how many there are; (0, 1) when it is alone."""
+    return (dist.get_rank(), dist.get_world_size()) if several_ranks() else (0, 1)
+
+
+def of_all_ranks(found: dict) -> dict:
+    """Put what every rank has found together, on each of them."""
+    if not several_ranks():
+        return found
+    parts: list[dict] = [{}] * dist.get_world_size()
+    dist.all_gather_object(parts, found)
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def _encoded(tokenizer: Tokenizer, shards: FeatureShards, description: str) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yield number, features (T, D) and codes (K, N) of this rank's utterances."""
+    rank, world = rank_and_world()
+    numbers = range(rank, len(shards), world)
+    yield from (
+        (number, *found)
+        for number, found in zip(numbers, encode_shards(tokenizer, shards, description, numbers), strict=True)
+    )
+
+
+@torch.inference_mode()
+def _decoded(tokenizer: Tokenizer, codes: Tensor) -> Tensor:
+    """Codes (K, N) -> (N * stride, D) on the CPU."""
+    if codes.shape[1] == 0:
+        return torch.zeros(0, tokenizer.output_dim)
+    return tokenizer.decode(codes[None].to(tokenizer.device))[0].cpu()

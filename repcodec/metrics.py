@@ -155,15 +155,16 @@ class PhoneAgreement(Metric):
         self.joint = self.joint + torch.bincount(pairs, minlength=self.joint.numel()).view_as(self.joint)
 
     def compute(self) -> dict[str, Tensor]:
-        """Return the scalars of `phone_agreement`, and "pnmi_by_chance".
+        """Return the scalars of `phone_agreement`, "pnmi_by_chance", and the counts "joint" (phones, V) of all ranks.
 
-        That is about what the PNMI would be if codes told nothing, since a finite number of frames always seems to
+        By chance is about what the PNMI would be if codes told nothing, since a finite number of frames always seems to
         tell something: (cells - phones - codes + 1) / 2 N nats, of those that occur (Miller 1955), over H(phone).
         """
         seen = self.joint > 0
         bias = (seen.sum() - seen.any(1).sum() - seen.any(0).sum() + 1) / (2 * self.joint.sum())
         share = self.joint.sum(1).double() / self.joint.sum()
-        return {**phone_agreement(self.joint), "pnmi_by_chance": bias / -torch.xlogy(share, share).sum()}
+        by_chance = bias / -torch.xlogy(share, share).sum()
+        return {**phone_agreement(self.joint), "pnmi_by_chance": by_chance, "joint": self.joint}
 
 
 class PhoneBootstrap(Metric):
@@ -243,7 +244,7 @@ class UtteranceRatio(Metric):
         self.sums = self.sums + both * torch.cat([torch.ones(1, dtype=torch.float64), weights])
 
     def compute(self) -> tuple[float, tuple[float, float]]:
-        """Return the ratio, and where its interval ends, from the ratio (below 0, above 0); NaN without a denominator."""
+        """Return the ratio, and where its interval ends, counted from it; NaN without a denominator."""
         ratios = self.sums[0] / self.sums[1]
         return float(ratios[0]), deviations(ratios[1:])
 

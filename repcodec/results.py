@@ -6,6 +6,7 @@ Axes: K codebooks, V codes a codebook, N codes an utterance, S samples.
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -142,5 +143,5 @@ def load_result(path: Path, key: dict) -> Result | None:
         with np.load(path.with_suffix(".npz")) as counts:
             usage, joint = counts["usage"], counts.get("joint")
         return Result(row, usage, joint, [(int(step), float(error)) for step, error in kept["curve"]])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, BadZipFile):
         return None

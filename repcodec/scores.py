@@ -1,4 +1,4 @@
-"""What is counted of a tokenizer's codes, utterance by utterance, in bounded memory; added up over processes at the end.
+"""What is counted of codes, utterance by utterance, in bounded memory; added up over processes at the end.
 
 Axes: K codebooks, N codes an utterance, T frames, D feature width.
 """
@@ -119,13 +119,14 @@ class Scores:
             _note(row, "cosine_similarity", cosine)
         joint = None
         if self.agreement is not None and self.bootstrap is not None:
-            figures = {field: float(value) for field, value in self.agreement.compute().items()}
-            by_chance = figures.pop("pnmi_by_chance") * self.phones_per_code  # phones of one code are no new evidence
+            figures = self.agreement.compute()
+            joint = figures.pop("joint").numpy()
+            # The phones of one code are no new evidence.
+            by_chance = float(figures.pop("pnmi_by_chance")) * self.phones_per_code
             for field, value in figures.items():
-                setattr(row, field, value)
+                setattr(row, field, float(value))
             for field, deviations in self.bootstrap.compute().items():
                 _note(row, field, deviations)
-            joint = self.agreement.joint.numpy()
             if by_chance > MOST_BY_CHANCE:
                 row.warnings.append(
                     f"about {by_chance:.2f} of the PNMI could be chance: {int(joint.sum() / self.phones_per_code):,} "

@@ -153,20 +153,30 @@ def label(tokenizer: Tokenizer) -> str:
 
 
 @torch.inference_mode()
-def encode_shards(tokenizer: Tokenizer, shards: FeatureShards, description: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the features (T, D) and codes (K, N) of every utterance in order; one without a frame has none.
+def encode_shards(
+    tokenizer: Tokenizer, shards: FeatureShards, description: str, numbers: range | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the features (T, D) and codes (K, N) of utterances in order; one without a frame has none.
+
+    Args:
+        tokenizer: on its device.
+        shards: of the features.
+        description: for the progress bar.
+        numbers: which utterances; None: all.
 
     Raises:
         RepCodecError: a value is not finite.
     """
     waiting: deque[Tensor] = deque()
+    numbers = range(len(shards)) if numbers is None else numbers
 
     def rows() -> Iterator[Tensor]:
-        for utterance in range(len(shards)):
+        for utterance in numbers:
             waiting.append(torch.from_numpy(shards.read(utterance)))
             yield waiting[-1].to(tokenizer.device)
 
-    with tqdm(total=int(shards.lengths.sum()), desc=description, unit="frame", unit_scale=True) as bar:
+    total = int(shards.lengths[numbers.start : numbers.stop : numbers.step].sum())
+    with tqdm(total=total, desc=description, unit="frame", unit_scale=True) as bar:
         for codes in encode_packed(tokenizer, rows()):
             features = waiting.popleft()
             bar.update(len(features))

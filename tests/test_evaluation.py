@@ -8,7 +8,7 @@ from conftest import DIM
 from repcodec.codec import RepCodec
 from repcodec.data import ShardsDataModule
 from repcodec.errors import RepCodecError
-from repcodec.evaluation import evaluate, fit_kmeans
+from repcodec.evaluation import Evaluation, Measures, fit_kmeans
 from repcodec.kmeans import KMeansTokenizer
 
 
@@ -16,12 +16,16 @@ def module(splits, labels=None, **options):
     return ShardsDataModule(dim=DIM, encoder="hubert_base", layer=9, dir=str(splits), labels=labels, **options)
 
 
+def evaluate(tokenizer, name, data, split="test", corpus=False):
+    return Evaluation(data, split, Measures(corpus)).measure(tokenizer, name)
+
+
 @pytest.fixture
 def labels(splits):
     path = splits / "phones.tsv"
     rows = ["utt\tstart_s\tend_s\tphone"]
     for utterance in range(3):
-        rows += [f"utt{utterance}\t{t / 10}\t{(t + 1) / 10}\t{'abc'[(t + utterance) % 3]}" for t in range(10)]
+        rows += [f"utt{utterance}\t{t / 20}\t{(t + 1) / 20}\t{'abc'[(t + utterance) % 3]}" for t in range(10)]
     path.write_text("\n".join(rows) + "\n")
     return str(path)
 
@@ -49,7 +53,7 @@ def test_figures_of_kmeans_by_hand(splits, labels):
     assert row.bits_per_second == pytest.approx(50 * np.log2(6))
     assert row.entropy_bits_per_second == pytest.approx(50 * entropy / np.log(2))
     assert result.usage.tolist() == [np.bincount(codes, minlength=6).tolist()]
-    assert result.joint.sum() == len(x)  # every frame is labelled
+    assert result.joint.sum() == 2 * len(x)  # every frame is labelled, in both of its halves
     corpus = [((frames(splits, s)[:, None] - centroids) ** 2).sum(-1).argmin(1) for s in ("train", "valid", "test")]
     assert row.corpus_used_share == pytest.approx(len(set(np.concatenate(corpus).tolist())) / 6)
 
@@ -78,7 +82,10 @@ def test_strided_codec_is_measured_on_all_its_frames(splits):
 
 def test_labels_of_other_utterances_are_an_error(splits, tmp_path, codec):
     (tmp_path / "other.tsv").write_text("utt\tstart_s\tend_s\tphone\nelse\t0\t1\ta\n")
-    with pytest.raises(RepCodecError, match=r"no frame has a phone label; the first utterance is 'spk/utt0'"):
+    with pytest.raises(
+        RepCodecError,
+        match=r"no utterance has labels; the labels are of ids like 'else', the utterances like 'spk/utt0'",
+    ):
         evaluate(codec.float(), "c", module(splits, str(tmp_path / "other.tsv")))
 
 

@@ -1,0 +1,177 @@
+"""Whole comparisons: kept results, several processes, and everything that is measured, on small real data."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import joblib
+import numpy as np
+import pytest
+import torch
+from conftest import DIM, refused
+from sklearn.cluster import KMeans
+
+from repcodec.codec import RepCodec
+from repcodec.comparison import Comparison, Plan
+from repcodec.data import ShardsDataModule
+from repcodec.evaluation import Measures
+from repcodec.labels import PhoneLabels
+from repcodec.tokens_evaluation import TokensFacts
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def labels(splits):
+    path = splits / "phones.tsv"
+    rows = ["utt\tstart_s\tend_s\tphone"]
+    for utterance in range(8):
+        rows += [f"utt{utterance}\t{t / 20}\t{(t + 1) / 20}\t{'abc'[(t + utterance) % 3]}" for t in range(10)]
+    path.write_text("\n".join(rows) + "\n")
+    return path
+
+
+def plan(splits, tmp_path, labels=None, **options):
+    data = ShardsDataModule(dim=DIM, encoder="hubert_base", layer=9, dir=str(splits), labels=labels and str(labels))
+    usual = Plan(
+        run_dir=tmp_path / "run", data=data, split="test", measures=Measures(), robustness=False, tokenizers=[],
+        kmeans=[5], tokens=[], facts=TokensFacts(), labels=data.phone_labels, allow_pickle=False,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    return replace(usual, **options)
+
+
+def saved(tmp_path, size=8, seed=0):
+    torch.manual_seed(seed)
+    folder = tmp_path / f"codec-{size}-{seed}"
+    RepCodec(DIM, codebook_size=size).save_pretrained(folder)
+    return str(folder)
+
+
+def test_what_was_measured_is_not_measured_again(splits, tmp_path, labels, monkeypatch, capsys):
+    one = plan(splits, tmp_path, labels, tokenizers=[saved(tmp_path)], measures=Measures(corpus=True, abx=True))
+    first = Comparison(one).run()
+    for method in ("measure", "measure_features"):
+        monkeypatch.setattr(f"repcodec.evaluation.Evaluation.{method}", lambda *_: pytest.fail("measured again"))
+    again = Comparison(one).run()
+    assert [result.row for result in again] == [result.row for result in first]
+    assert [result.row.name for result in first] == ["RepCodec 8", "k-means 5", "features"]
+    for before, after in zip(first[:2], again, strict=False):
+        np.testing.assert_array_equal(before.usage, after.usage)
+        np.testing.assert_array_equal(before.joint, after.joint)
+    assert again[2].joint is None
+    assert capsys.readouterr().out.count("measured before") == 3
+
+
+@pytest.mark.parametrize("change", ["weights", "labels", "measures", "split", "damage", "features"])
+def test_what_was_measured_of_something_else_is_measured_anew(splits, tmp_path, labels, change):
+    one = plan(splits, tmp_path, labels, tokenizers=[saved(tmp_path)], kmeans=[])
+    (first,) = Comparison(one).run()
+    if change == "weights":
+        RepCodec(DIM, codebook_size=8).save_pretrained(one.tokenizers[0])
+    elif change == "labels":
+        labels.write_text(labels.read_text().replace("\ta\n", "\tb\n"))
+        one = plan(splits, tmp_path, labels, tokenizers=one.tokenizers, kmeans=[])
+    elif change == "measures":
+        one = replace(one, measures=Measures(corpus=True))
+    elif change == "split":
+        one = replace(one, split="valid")
+    elif change == "features":
+        for path in (splits / "test").glob("*.npy"):
+            rows = np.load(path)
+            np.save(path, rows[::-1])
+        one = plan(splits, tmp_path, labels, tokenizers=one.tokenizers, kmeans=[])
+    else:
+        (kept,) = (tmp_path / "run" / "measured").glob("*.npz")
+        kept.write_bytes(kept.read_bytes()[:50])
+    (again,) = Comparison(one).run()
+    assert (again.row == first.row) == (change == "damage")
+
+
+def test_kmeans_of_scikit_learn_only_when_that_is_allowed(splits, tmp_path):
+    rng = np.random.default_rng(0)
+    joblib.dump(KMeans(6, n_init=1, random_state=0).fit(rng.normal(size=(50, DIM))), tmp_path / "km.bin")
+    one = plan(splits, tmp_path, tokenizers=[str(tmp_path / "km.bin")], kmeans=[])
+    with refused(tmp_path / "km.bin", "is a pickle", "allow_pickle=true"):
+        Comparison(one)
+    (result,) = Comparison(replace(one, allow_pickle=True)).run()
+    assert (result.row.name, result.row.codebook_size) == ("k-means 6", 6)
+    joblib.dump({"no": "model"}, tmp_path / "km.bin")
+    with refused(tmp_path / "km.bin", "not a k-means model"):
+        Comparison(replace(one, allow_pickle=True))
+
+
+def test_hostile_pickle_runs_nothing(splits, tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "sprung"),)
+
+    joblib.dump(Trap(), tmp_path / "km.bin")
+    with refused("is a pickle"):
+        Comparison(plan(splits, tmp_path, tokenizers=[str(tmp_path / "km.bin")], kmeans=[]))
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_tokens_files_alone_need_no_features(tmp_path, splits, labels):
+    (tmp_path / "a.tokens").write_text("/audio\nutt0.wav\t1 2 2 0\nutt1.wav\t0 1\n")
+    known = PhoneLabels.read(labels)
+    one = replace(
+        plan(splits, tmp_path), kmeans=[], tokens=[str(tmp_path / "a.tokens")], data=None, labels=known
+    )  # fmt: skip
+    comparison = Comparison(one)
+    (result,) = comparison.run()
+    assert (result.row.name, result.row.codebook_size) == ("a.tokens", 3)
+    assert result.row.pnmi is not None
+    examples = comparison.examples()
+    assert [example.utterance for example in examples] == ["utt0", "utt1"]
+    assert examples[0].codes["a.tokens"][0].tolist() == [1, 2, 2, 0]
+    assert examples[0].phones[0] == (0.0, 0.05, "a")
+    assert comparison.facts() == {"tokens": str(tmp_path / "a.tokens"), "labels": str(labels)}
+
+
+def test_nothing_to_compare_and_a_missing_file(splits, tmp_path):
+    with refused("name at least one tokenizer"):
+        Comparison(plan(splits, tmp_path, kmeans=[]))
+    with refused(tmp_path / "none", "no such tokens file"):
+        Comparison(plan(splits, tmp_path, tokens=[str(tmp_path / "none")]))
+
+
+def test_abx_and_probe_need_labels(splits, tmp_path):
+    with refused("need phone labels"):
+        Comparison(plan(splits, tmp_path, measures=Measures(abx=True)))
+
+
+def run_evaluate(processes, splits, run_dir, *overrides):
+    script = [str(ROOT / "evaluate.py"), "encoder.dim=8", f"data.dir='{splits}'", f"run_dir='{run_dir}'", *overrides]
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *torchrun, *script], capture_output=True, text=True, timeout=400, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads((run_dir / "results.json").read_text())["rows"], done.stdout
+
+
+def test_two_processes_find_what_one_finds(splits, tmp_path, labels):
+    (tmp_path / "a.tokens").write_text(
+        "/audio\n" + "".join(f"utt{i}.wav\t{' '.join(map(str, range(i, 3 * i + 9)))}\n" for i in range(5))
+    )
+    overrides = [
+        f"tokenizers=['{saved(tmp_path)}']", "kmeans=[5]", f"labels='{labels}'", f"tokens=['{tmp_path}/a.tokens']",
+        "abx=true", "corpus=true", "speaker='spk|utt'", "codes_per_second=50",
+    ]  # fmt: skip
+    one, _ = run_evaluate(1, splits, tmp_path / "one", *overrides)
+    two, said = run_evaluate(2, splits, tmp_path / "two", *overrides)
+    assert [row["name"] for row in one] == ["RepCodec 8", "k-means 5", "a.tokens", "features"]
+    assert said.count("Written to") == 1
+    for first, second in zip(one, two, strict=True):
+        bounds, others = first.pop("intervals"), second.pop("intervals")
+        assert first.keys() == second.keys()
+        for field, value in first.items():
+            assert value == (pytest.approx(second[field], rel=1e-9) if isinstance(value, float) else second[field])
+        assert bounds.keys() == others.keys()
+        for field in bounds:
+            assert bounds[field] == pytest.approx(others[field], rel=1e-9)
