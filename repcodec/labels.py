@@ -15,6 +15,9 @@ from repcodec.label_files import Segments, read_label_files
 UNLABELLED = -1
 """Phone index of a frame that no label covers."""
 
+SILENCES = frozenset({"", "sil", "<sil>", "silence", "sp", "spn", "nsn", "pau", "epi", "h#", "<eps>", "_"})
+"""Labels, in lower case, that are no phone: pauses and noises of TIMIT, Kaldi, the Montreal Forced Aligner."""
+
 SPEAKER = r"[^/_-]+"
 """The speaker in an utterance id, as a regular expression: all before the first / _ or -, as in LibriSpeech's
 116-288045-0000, VCTK's p225_001 and where a speaker has a folder."""
