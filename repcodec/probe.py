@@ -24,7 +24,7 @@ from repcodec.labels import SILENCES, PhoneLabels
 from repcodec.stacks import frame_mask
 
 STEPS = 300
-"""Of training, with every tokenizer: so that on the demo the error of held-out speakers no longer falls."""
+"""Of training, with every tokenizer. On the demo twice as many take 0.015 off the error at most, in the same order."""
 
 WIDTH, LAYERS, KERNEL, DROPOUT = 128, 3, 5, 0.35
 """The network: H, and convolutions over KERNEL frames, so that it sees 6 frames to each side."""
@@ -144,7 +144,8 @@ def phone_error_rate(
     if len(shapes) > 1:
         what = "numbers of codebooks" if codebook_size else "feature widths"
         raise RepCodecError(f"the probe's utterances have several {what}: {', '.join(map(str, sorted(shapes)))}.")
-    with torch.random.fork_rng(devices=[]):  # dropout draws from the global state
+    # Dropout draws from the global state; and tokens are often made in inference mode.
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
         torch.default_generator.manual_seed(seed)
         probe = Probe(train.inputs, num_phones, codebook_size)
         _train(probe, train, seed, steps, description)

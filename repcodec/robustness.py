@@ -41,7 +41,7 @@ REVERBERATION_TIME = (0.2, 0.6)
 def augment(name: str, sound: np.ndarray, seed: int) -> np.ndarray:
     """Change a sound; what is drawn depends on the seed alone.
 
-    Noise, gain and speed are lhotse's, a speed perturbation as in Ko et al. 2015. A room is a box whose impulse
+    Noise is white and mixed in by lhotse, whose are gain and speed too (Ko et al. 2015). A room is a box whose impulse
     response pyroomacoustics computes by the image source method (Allen and Berkley 1979); lhotse convolves with it,
     keeps length and energy, and shifts the direct sound to where it was.
 
@@ -116,10 +116,11 @@ class UnitEdits:
     left_out: int = 0
 
     def __add__(self, other: "UnitEdits") -> "UnitEdits":
-        edits = Counter(self.edits)
-        edits.update(other.edits)  # a Counter's own sum would lose those that are 0
         return UnitEdits(
-            edits, self.units + other.units, self.utterances + other.utterances, self.left_out + other.left_out
+            self.edits + other.edits,
+            self.units + other.units,
+            self.utterances + other.utterances,
+            self.left_out + other.left_out,
         )
 
     def distances(self) -> dict[str, float]:
@@ -155,9 +156,10 @@ def unit_edits(
 ) -> dict[str, UnitEdits]:
     """Compare the tokens of each sound with those of the same sound augmented, in every way of `AUGMENTATIONS`.
 
-    The measure is Gat et al. 2023, "Augmentation Invariant Discrete Representation for Generative Spoken Language
-    Modeling" (arXiv 2209.15483): the Levenshtein distance of deduplicated token sequences by the number of tokens of
-    the clean speech; here edits and tokens are added up over the utterances before they are divided.
+    The measure is the unit edit distance of Gat et al. 2023, "Augmentation Invariant Discrete Representation for
+    Generative Spoken Language Modeling" (arXiv 2209.15483): Levenshtein's distance from the deduplicated tokens of the
+    clean speech to those of the augmented, by the number of the former; edits and tokens are added up over the
+    utterances before they are divided, as in NAST (Messica and Adi 2024).
 
     Args:
         encoder: whose features all the tokenizers take; it runs once for each version of a sound.
