@@ -22,9 +22,10 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from repcodec.data import SAMPLE_FRAMES, Batch, FeaturesDataModule
-from repcodec.evaluation import Row, evaluate
+from repcodec.evaluation import Evaluation
 from repcodec.metrics import reconstruction_loss
 from repcodec.module import CodecModule
+from repcodec.results import Row
 from repcodec.stacks import frame_mask
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -60,7 +61,8 @@ def main() -> None:
         losses = {name: run.step(batch) for name, run in runs.items()}
         if number % 50 == 0 or number == args.steps:
             print(f"step {number}:", *(f"{name} {loss:.3f}" for name, loss in losses.items()), file=sys.stderr)
-    rows = {name: evaluate(run.codec.eval(), name, data).row for name, run in runs.items()}
+    evaluation = Evaluation(data)
+    rows = {name: evaluation.measure(run.codec.eval(), name).row for name, run in runs.items()}
     print(table(rows, {name: statistics.median(run.seconds) for name, run in runs.items()}))
     print(f"{args.steps} steps, {args.batch} x 96 frames, width {data.dim}, {torch.get_num_threads()} threads")
 

@@ -195,6 +195,8 @@ class Evaluation:
             if self.measures.abx or self.measures.probe:
                 codes[number] = found
         result = scores.result(name)
+        if self.split == "valid":
+            result.row.valid_normalized_error = result.row.normalized_error
         codes = of_all_ranks(codes)
         if self.measures.corpus:
             self._measure_corpus(tokenizer, result)
@@ -231,8 +233,6 @@ class Evaluation:
         """Run over the other splits too: codes used in any, and the validation split's error."""
         rate = self.frame_rate / tokenizer.stride
         counts = torch.from_numpy(result.usage)
-        if self.split == "valid":
-            result.row.valid_normalized_error = result.row.normalized_error
         for split in ("train", "valid", "test"):
             if split == self.split or not self.data.has_split(split):
                 continue

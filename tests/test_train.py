@@ -106,12 +106,12 @@ def test_logged_error_and_usage_are_those_of_the_saved_codec(splits, tmp_path):
 
 def test_kmeans_start_begins_exactly_where_kmeans_ends(splits, tmp_path):
     from repcodec.data import ShardsDataModule
-    from repcodec.evaluation import evaluate, fit_kmeans
+    from repcodec.evaluation import Evaluation, fit_kmeans
 
     run_here(splits, tmp_path / "run", "logger=csv", "callbacks=kmeans_start", "trainer.max_steps=3")
     rows = [row for row in metrics(tmp_path / "run") if row["valid/normalized_error"]]
     data = ShardsDataModule(dim=8, encoder="hubert_base", layer=9, dir=str(splits))
-    kmeans = evaluate(fit_kmeans(data, 16, tmp_path / "kmeans"), "k-means", data, "valid").row
+    kmeans = Evaluation(data, "valid").measure(fit_kmeans(data, 16, tmp_path / "kmeans"), "k-means").row
     assert rows[0]["step"] == "0"
     assert float(rows[0]["valid/normalized_error"]) == pytest.approx(kmeans.valid_normalized_error, rel=1e-5)
 
