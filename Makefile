@@ -44,7 +44,7 @@ compare: venv
 	  "tokenizers=['outputs/compare/*/*/codec']" "kmeans=[$(SIZES)]" corpus=true abx=true probe=true robustness=true
 
 test: venv
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not slow'
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
 
 test-all: venv
 	$(BIN)/python -m pytest

@@ -24,13 +24,13 @@ from repcodec.evaluation import Evaluation, Measures, fit_kmeans, of_all_ranks, 
 from repcodec.kmeans import KMeansTokenizer
 from repcodec.labels import PhoneLabels
 from repcodec.manifest import utterance_id
-from repcodec.packing import Tokenizer
+from repcodec.packing import Tokenizer, encode_packed
 from repcodec.pipeline import load_encoder_of, load_tokenizer
 from repcodec.quantizers import first_rank_first, several_ranks
 from repcodec.report import read_curve
 from repcodec.results import Example, Result, load_result, save_result
 from repcodec.robustness import UnitEdits, unit_edits
-from repcodec.tokenization import check_fits, encode_shards, label
+from repcodec.tokenization import check_fits, label
 from repcodec.tokens import read_root, read_tokens
 from repcodec.tokens_evaluation import TokensFacts, measure_tokens, measured_rate
 
@@ -234,6 +234,7 @@ class Comparison:
             facts["labels"] = self.plan.labels.source
         return facts
 
+    @torch.inference_mode()
     def examples(self) -> list[Example]:
         """Return a few short utterances with the codes that each tokenizer gives them."""
         if self.evaluation is not None:
@@ -248,8 +249,9 @@ class Comparison:
         for number in _chosen((shards.lengths / rate).tolist(), evaluation.keys):
             codes = {}
             for name, (tokenizer, _) in self._tokenizers.items():
-                ((_, found),) = encode_shards(tokenizer, shards, "", range(number, number + 1))
-                codes[name] = found[0].numpy(), rate / tokenizer.stride
+                features = torch.from_numpy(shards.read(number)).to(self.plan.device)
+                (found,) = encode_packed(tokenizer, [features])
+                codes[name] = found[:, 0].cpu().numpy(), rate / tokenizer.stride
             utterance, sound = evaluation.ids[number], None
             if shards.names is not None and shards.root:
                 sound = _sound_at(Path(shards.root) / shards.names[number])

@@ -53,6 +53,7 @@ def test_splits_share_no_voice_and_no_sentence(tmp_path):
         assert {path.split("/")[0] for path in paths} <= set(VOICES[split])
 
 
+@pytest.mark.slow  # speaks a corpus of its own
 def test_labels_cover_the_sound_without_gaps(tmp_path):
     build_corpus(tmp_path, 0, FEW)
     labels = PhoneLabels.read(tmp_path / "phones.tsv")

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from repcodec.codec import RepCodec
@@ -23,6 +24,7 @@ def evaluate(splits, run_dir, *overrides):
     return subprocess.run([*command, *overrides], capture_output=True, text=True, timeout=240, check=False)
 
 
+@pytest.mark.slow  # test_comparison.py runs evaluate.py in one and two processes
 def test_several_codecs_and_kmeans_in_one_table(splits, tmp_path):
     for name, size in (("a", 8), ("b", 16)):
         torch.manual_seed(0)

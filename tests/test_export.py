@@ -158,6 +158,7 @@ def test_graphs_are_valid_plain_and_say_what_they_are(exported):
     assert axes == ["B", "T", DIM]
 
 
+@pytest.mark.slow  # random features are compared in every run
 @torch.no_grad()
 def test_codes_of_real_speech_are_the_same(tmp_path, speech, whisper_folder, capfd, recwarn):
     manifest = Manifest.read(speech / "train.tsv")

@@ -18,9 +18,6 @@ ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
-pytestmark = pytest.mark.xdist_group("notebooks")  # one process makes what they need, not each
-
-
 @pytest.fixture(scope="module")
 def made(speech, whisper_folder, tmp_path_factory):
     """A folder that looks as after `make demo` and a sweep, but small."""

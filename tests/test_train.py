@@ -78,6 +78,7 @@ def test_run_folder_holds_config_checkpoints_logs_and_codec(splits, tmp_path):
         assert float(row["train/learning_rate"]) == pytest.approx(1e-4)
 
 
+@pytest.mark.slow  # test_callbacks.py has it in one process
 def test_steps_after_the_last_interval_are_validated_and_saved(splits, tmp_path):
     run_here(splits, tmp_path / "run", "logger=csv", "trainer.max_steps=2")
     assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
