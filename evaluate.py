@@ -52,7 +52,7 @@ def compare(config: DictConfig) -> None:
         split=config.split,
         measures=Measures(config.corpus, config.abx, config.probe, config.speaker),
         robustness=config.robustness,
-        tokenizers=[str(place) for place in tokenizers],
+        tokenizers=tokenizers,
         kmeans=list(kmeans),
         tokens=list(config.tokens),
         facts=TokensFacts(config.manifest, config.codes_per_second, config.codebook_size),
@@ -65,7 +65,7 @@ def compare(config: DictConfig) -> None:
     if rank_and_world()[0] > 0:
         return
     facts = comparison.facts()
-    write_report(run_dir, results, facts, labels.phones if labels is not None else None, comparison.examples())
+    write_report(run_dir, results, facts, labels.phones if labels is not None else None, comparison.examples(results))
     print_table(results, facts.get("features", "tokens files"))
     if config.wandb is not None:
         log_table(results, WandbRun(project=config.wandb, name=config.run, save_dir=str(run_dir)).experiment)

@@ -23,7 +23,6 @@ from typing import IO
 import numpy as np
 
 from repcodec.abx_items import AbxItems, Kind, group_keys, groups_of, item_frames
-from repcodec.abx_items import abx_items as abx_items  # whoever measures finds both steps here
 from repcodec.alignment import Distance, frame_distances, token_distances
 from repcodec.errors import RepCodecError
 

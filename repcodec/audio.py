@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from repcodec.errors import RepCodecError
+from repcodec.files import walk_files
 
 SAMPLE_RATE = 16_000
 """Samples per second that every speech encoder takes, in hertz."""
@@ -95,26 +96,15 @@ def find_sound_files(root: Path | str) -> list[Path]:
     Raises:
         RepCodecError: `root` is not a folder, holds no sound file, or a folder in it cannot be listed.
     """
-
-    def fail(error: OSError) -> None:
-        raise RepCodecError(f"{error.filename}: the folder cannot be listed ({error.strerror}); make it readable.")
-
     root = Path(root)
     if not root.is_dir():
         raise RepCodecError(f"{root} is not a folder; give a folder of sound files.")
-    files, seen = [], set()
-    for folder, subfolders, names in os.walk(root, onerror=fail, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:  # a link to a folder above, or a second one to the same
-            subfolders.clear()
-            continue
-        seen.add(real)
-        subfolders.sort()
-        paths = [Path(folder, name) for name in names]
-        # A link to nowhere is listed: that it cannot be read is told when it is.
-        files += [
-            path for path in paths if path.suffix.lower() in SOUND_SUFFIXES and (path.is_file() or path.is_symlink())
-        ]
+    # A link to nowhere is listed: that it cannot be read is told when it is.
+    files = [
+        path
+        for path in walk_files(root)
+        if path.suffix.lower() in SOUND_SUFFIXES and (path.is_file() or path.is_symlink())
+    ]
     if not files:
         raise RepCodecError(f"{root} holds no sound file ({', '.join(sorted(SOUND_SUFFIXES))}).")
     return sorted(files)

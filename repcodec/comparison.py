@@ -28,11 +28,11 @@ from repcodec.packing import Tokenizer, encode_packed
 from repcodec.pipeline import load_encoder_of, load_tokenizer
 from repcodec.quantizers import first_rank_first, several_ranks
 from repcodec.report import read_curve
-from repcodec.results import Example, Result, load_result, save_result
+from repcodec.results import Example, Result, Row, load_result, save_result
 from repcodec.robustness import UnitEdits, unit_edits
 from repcodec.tokenization import check_fits, label
 from repcodec.tokens import read_root, read_tokens
-from repcodec.tokens_evaluation import TokensFacts, measure_tokens, measured_rate
+from repcodec.tokens_evaluation import TokensFacts, measure_tokens
 
 NUM_EXAMPLES, EXAMPLE_SECONDS = 3, 3.5
 """Utterances that the report shows, and about how long they are."""
@@ -235,11 +235,9 @@ class Comparison:
         return facts
 
     @torch.inference_mode()
-    def examples(self) -> list[Example]:
-        """Return a few short utterances with the codes that each tokenizer gives them."""
-        if self.evaluation is not None:
-            return self._examples_of_features()
-        return self._examples_of_tokens() if self.plan.tokens else []
+    def examples(self, results: Sequence[Result]) -> list[Example]:
+        """Return a few short utterances with the codes that each tokenizer gives them; take what `run` has found."""
+        return self._examples_of_features() if self.evaluation is not None else self._examples_of_tokens(results[0].row)
 
     def _examples_of_features(self) -> list[Example]:
         evaluation = self.evaluation
@@ -260,10 +258,12 @@ class Comparison:
             shown.append(Example(utterance, duration, sound, phones, codes))
         return shown
 
-    def _examples_of_tokens(self) -> list[Example]:
+    def _examples_of_tokens(self, row: Row) -> list[Example]:
+        """Return utterances of the first tokens file, of which the row is."""
         (name, path), *_ = self._named_files()
         labels = self.plan.labels
-        rate = measured_rate(path, self.plan.facts)
+        assert row.codes_per_second is not None
+        rate = row.codes_per_second / row.num_codebooks
         found = list(islice(read_tokens(path), MOST_LOOKED_AT))
         ids = [utterance_id(tokens.name) for tokens in found]
         keys = [labels.key(utterance) if labels is not None else None for utterance in ids]

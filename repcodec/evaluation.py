@@ -13,7 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from repcodec.abx import AbxErrors, Distance, abx_items, abx_sums
+from repcodec.abx import AbxErrors, abx_sums
+from repcodec.abx_items import abx_items
+from repcodec.alignment import Distance
 from repcodec.architecture import FRAME_RATE
 from repcodec.checkpoint import read_config
 from repcodec.data import SAMPLE_FRAMES, FeaturesDataModule

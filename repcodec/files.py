@@ -48,6 +48,27 @@ def atomic_write(path: Path | str, mode: str = "w") -> Iterator[IO]:
             pass
 
 
+def walk_files(root: Path | str) -> Iterator[Path]:
+    """Yield every file below a folder, in any depth, through links too, those of a folder linked twice only once.
+
+    Raises:
+        RepCodecError: a folder cannot be listed.
+    """
+
+    def fail(error: OSError) -> None:
+        raise RepCodecError(f"{error.filename}: the folder cannot be listed ({error.strerror}); make it readable.")
+
+    seen = set()
+    for folder, subfolders, names in os.walk(root, onerror=fail, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:  # a link to a folder above, or a second one to the same
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders.sort()
+        yield from (Path(folder, name) for name in names)
+
+
 @contextmanager
 def locked(path: Path | str) -> Iterator[None]:
     """Keep other processes from making `path`, by a lock file beside it that is gone afterwards.

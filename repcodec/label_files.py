@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from repcodec.audio import SAMPLE_RATE
 from repcodec.errors import RepCodecError, first_line
+from repcodec.files import walk_files
 
 COLUMNS = ("utt", "start_s", "end_s", "phone")
 """What the header of a table has to name."""
@@ -172,22 +173,10 @@ def _read_folder(root: Path) -> Iterator[Segments]:
 
 def _find(root: Path) -> list[Path]:
     """List the label files of a folder, in any depth, through links too, sorted."""
-
-    def fail(error: OSError) -> None:
-        raise RepCodecError(f"{error.filename}: the folder cannot be listed ({error.strerror}); make it readable.")
-
-    files, seen = [], set()
-    for folder, subfolders, names in os.walk(root, onerror=fail, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:  # a link to a folder above, or a second one to the same
-            subfolders.clear()
-            continue
-        seen.add(real)
-        # What begins with a dot is no label file: macOS leaves such ones beside every file of an archive.
-        files += [
-            Path(folder, name) for name in names if Path(name).suffix.lower() in _READERS and not name.startswith(".")
-        ]
-    return sorted(files)
+    # What begins with a dot is no label file: macOS leaves such ones beside every file of an archive.
+    return sorted(
+        path for path in walk_files(root) if path.suffix.lower() in _READERS and not path.name.startswith(".")
+    )
 
 
 def _read_phn(path: Path) -> Iterator[tuple[float, float, str]]:

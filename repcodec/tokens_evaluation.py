@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from repcodec.abx import abx_errors, abx_items
+from repcodec.abx import abx_errors
+from repcodec.abx_items import abx_items
 from repcodec.architecture import FRAME_RATE
 from repcodec.audio import SAMPLE_RATE
 from repcodec.errors import RepCodecError
@@ -155,11 +156,6 @@ def _survey(path: Path | str, facts: TokensFacts) -> _Found:
         rate = FRAME_RATE
         warnings.append(f"codes a second are not known and were taken as {rate:g}; codes_per_second=… says it.")
     return _Found(ids, num_codes, num_codebooks, int(size), float(rate), warnings)
-
-
-def measured_rate(path: Path | str, facts: TokensFacts) -> float:
-    """Return codes a second of each codebook; see `measure_tokens`."""
-    return _survey(path, facts).codes_per_second
 
 
 def _samples(path: Path) -> Iterator[tuple[str, int]]:

@@ -13,7 +13,8 @@ import soundfile
 import torch
 from conftest import refused
 
-from repcodec.abx import abx_errors, abx_items, abx_sums
+from repcodec.abx import abx_errors, abx_sums
+from repcodec.abx_items import abx_items
 from repcodec.errors import user_message
 from repcodec.labels import PhoneLabels
 from repcodec.speech_encoders import encoder_table, load_speech_encoder

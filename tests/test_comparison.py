@@ -125,7 +125,7 @@ def test_tokens_files_alone_need_no_features(tmp_path, splits, labels):
     (result,) = comparison.run()
     assert (result.row.name, result.row.codebook_size) == ("a.tokens", 3)
     assert result.row.pnmi is not None
-    examples = comparison.examples()
+    examples = comparison.examples([result])
     assert [example.utterance for example in examples] == ["utt0", "utt1"]
     assert examples[0].codes["a.tokens"][0].tolist() == [1, 2, 2, 0]
     assert examples[0].phones[0] == (0.0, 0.05, "a")
