@@ -23,7 +23,7 @@ from repcodec.errors import RepCodecError
 from repcodec.evaluation import Evaluation, Measures, fit_kmeans, of_all_ranks, rank_and_world
 from repcodec.kmeans import KMeansTokenizer
 from repcodec.labels import PhoneLabels
-from repcodec.manifest import utterance_id
+from repcodec.manifest import Manifest, utterance_id
 from repcodec.packing import Tokenizer, encode_packed
 from repcodec.pipeline import load_encoder_of, load_tokenizer
 from repcodec.quantizers import first_rank_first, several_ranks
@@ -101,6 +101,9 @@ class Comparison:
         for path in plan.tokens:
             if not os.path.isfile(path):
                 raise RepCodecError(f"{path}: no such tokens file.")
+        manifest = plan.facts.manifest
+        self._manifest_sha256 = Manifest.read(manifest).sha256() if manifest is not None else None
+        self._labels_sha256 = plan.labels.sha256() if plan.labels is not None else None
 
     def _load(self, place: str) -> tuple[Tokenizer, str]:
         """Load a tokenizer; return it with the hash of its weights."""
@@ -157,13 +160,11 @@ class Comparison:
     def _key(self) -> dict:
         """Say what results are of, so that those of something else are not taken for them."""
         plan = self.plan
-        key: dict = {"split": plan.split, "measures": asdict(plan.measures)}
+        facts = {name: str(value) for name, value in asdict(plan.facts).items()}
+        key: dict = {"split": plan.split, "measures": asdict(plan.measures), "labels": self._labels_sha256}
+        key |= {"facts": facts, "manifest": self._manifest_sha256}
         if plan.data is not None and self.evaluation is not None:
             key["features"] = [self.evaluation.shards.stamp, plan.data.train.stamp, str(plan.data.source)]
-        else:
-            key["facts"] = {name: str(value) for name, value in asdict(plan.facts).items()}
-        if plan.labels is not None:
-            key["labels"] = [plan.labels.source, len(plan.labels), plan.labels.phones]
         return key
 
     def _once(self, name: str, about: dict, measure: Callable[[], Result]) -> Result:

@@ -3,7 +3,7 @@
 Axes: K codebooks, N codes an utterance, T frames, D feature width.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +22,6 @@ from repcodec.data import SAMPLE_FRAMES, FeaturesDataModule
 from repcodec.errors import RepCodecError
 from repcodec.kmeans import KMeansTokenizer
 from repcodec.labels import SPEAKER, matched, matched_sentence, speaker_of
-from repcodec.metrics import CodeUsage
 from repcodec.packing import Tokenizer
 from repcodec.probe import ProbeData, check_held_out, phone_error_rate, probe_data
 from repcodec.quantizers import fit_centroids, several_ranks, sum_over_ranks
@@ -185,23 +184,26 @@ class Evaluation:
                 f"{name} takes features of width {tokenizer.dim}, but {self.data.source} holds width {self.data.dim}; "
                 "choose the encoder it was trained on with encoder=…"
             )
-        rate = self.frame_rate / tokenizer.stride
-        mean = self.data.statistics.mean
-        scores = Scores(tokenizer.num_codebooks, tokenizer.codebook_size, rate, self.labels, mean)
-        codes: dict[int, Tensor] = {}
-        for number, features, found in _encoded(tokenizer, self.shards, f"{name}, {self.split}"):
-            reconstruction = _decoded(tokenizer, found)[: len(features)]
-            # A converted strided codec leaves a rest at the end out.
-            features = features[: len(reconstruction)]
-            scores.add(self.ids[number], found, self.keys[number], features, reconstruction)
-            if self.measures.abx or self.measures.probe:
-                codes[number] = found
+        rate, mean = self.frame_rate / tokenizer.stride, self.data.statistics.mean
+        shape = tokenizer.num_codebooks, tokenizer.codebook_size, rate
+        scores = Scores(*shape, self.labels, mean)
+        codes = self._pass(tokenizer, name, self.split, scores, keep=self.measures.abx or self.measures.probe)
         result = scores.result(name)
         if self.split == "valid":
             result.row.valid_normalized_error = result.row.normalized_error
-        codes = of_all_ranks(codes)
+        used, train = result.usage > 0, codes
+        for split in self._other_splits():
+            # Only the validation split's error is asked for: nothing else need be decoded.
+            scores = Scores(*shape, None, mean if split == "valid" else None)
+            kept = self._pass(tokenizer, name, split, scores, keep=self.measures.probe and split == "train")
+            of_split = scores.result(name)
+            used = used | (of_split.usage > 0)
+            if split == "train":
+                train = kept
+            elif split == "valid":
+                result.row.valid_normalized_error = of_split.row.normalized_error
         if self.measures.corpus:
-            self._measure_corpus(tokenizer, result)
+            result.row.corpus_used_share = float(used.mean())
         if self.measures.abx:
             of_codes = self._abx(lambda number: codes[number].T.numpy(), rate, "different")
             decoded = self._abx(lambda number: _decoded(tokenizer, codes[number]).numpy(), self.frame_rate, "angular")
@@ -209,9 +211,7 @@ class Evaluation:
             result.row.abx_reconstruction_within = decoded.within
             result.row.abx_reconstruction_across = decoded.across
         if self.measures.probe:
-            shards, _, keys = self._probe_train
-            train = of_all_ranks({n: found for n, _, found in _encoded(tokenizer, shards, f"{name}, train")})
-            heard = self._probe_data(train, keys, rate, "train")
+            heard = self._probe_data(train, self._probe_train[2], rate, "train")
             unheard = self._probe_data(codes, self.keys, rate, self.split)
             self._probe(result.row, name, heard, unheard, tokenizer.codebook_size)
         return result
@@ -231,28 +231,33 @@ class Evaluation:
             self._probe(row, row.name, train, test, None)
         return Result(row, np.zeros((0, 0), dtype=np.int64))
 
-    def _measure_corpus(self, tokenizer: Tokenizer, result: Result) -> None:
-        """Run over the other splits too: codes used in any, and the validation split's error."""
-        rate = self.frame_rate / tokenizer.stride
-        counts = torch.from_numpy(result.usage)
-        for split in ("train", "valid", "test"):
-            if split == self.split or not self.data.has_split(split):
-                continue
-            name = f"{result.row.name}, {split}"
-            if split == "valid":
-                scores = Scores(tokenizer.num_codebooks, tokenizer.codebook_size, rate, None, self.data.statistics.mean)
-                for number, features, codes in _encoded(tokenizer, self.data.split(split), name):
-                    decoded = _decoded(tokenizer, codes)[: len(features)]
-                    scores.add(str(number), codes, None, features[: len(decoded)], decoded)
-                of_split = scores.result(name)
-                result.row.valid_normalized_error = of_split.row.normalized_error
-                counts = counts + torch.from_numpy(of_split.usage)
-            else:
-                usage = CodeUsage(tokenizer.num_codebooks, tokenizer.codebook_size)
-                for _, _, codes in _encoded(tokenizer, self.data.split(split), name):
-                    usage.update(codes[None])
-                counts = counts + usage.compute()["counts"]
-        result.row.corpus_used_share = float((counts > 0).double().mean())
+    def _other_splits(self) -> list[str]:
+        """Return which splits have to be coded besides the one that figures are of."""
+        return [
+            split
+            for split in ("train", "valid", "test")
+            if split != self.split
+            and ((self.measures.corpus and self.data.has_split(split)) or (self.measures.probe and split == "train"))
+        ]
+
+    def _pass(self, tokenizer: Tokenizer, name: str, split: str, scores: Scores, keep: bool) -> dict[int, Tensor]:
+        """Code this rank's utterances of a split and count them; return the codes (K, N) of all ranks, if kept."""
+        scored = split == self.split
+        shards = self.shards if scored else self.data.split(split)
+        rank, world = rank_and_world()
+        numbers = range(rank, len(shards), world)
+        codes: dict[int, Tensor] = {}
+        encoded = encode_shards(tokenizer, shards, f"{name}, {split}", numbers)
+        for number, (features, found) in zip(numbers, encoded, strict=True):
+            reconstruction = None
+            if scores.mean is not None:
+                reconstruction = _decoded(tokenizer, found)[: len(features)]
+                features = features[: len(reconstruction)]  # a converted strided codec leaves a rest at the end out
+            utterance, key = (self.ids[number], self.keys[number]) if scored else (str(number), None)
+            scores.add(utterance, found, key, features, reconstruction)
+            if keep:
+                codes[number] = found
+        return of_all_ranks(codes)
 
     def _abx(self, frames: Callable[[int], np.ndarray], frame_rate: float, distance: Distance) -> AbxErrors:
         """Return ABX errors over the cells of all ranks."""
@@ -296,16 +301,6 @@ def of_all_ranks(found: dict) -> dict:
     parts: list[dict] = [{}] * dist.get_world_size()
     dist.all_gather_object(parts, found)
     return {key: value for part in parts for key, value in part.items()}
-
-
-def _encoded(tokenizer: Tokenizer, shards: FeatureShards, description: str) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Yield number, features (T, D) and codes (K, N) of this rank's utterances."""
-    rank, world = rank_and_world()
-    numbers = range(rank, len(shards), world)
-    yield from (
-        (number, *found)
-        for number, found in zip(numbers, encode_shards(tokenizer, shards, description, numbers), strict=True)
-    )
 
 
 @torch.inference_mode()

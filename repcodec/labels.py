@@ -1,5 +1,6 @@
 """Phone labels by utterance id."""
 
+import hashlib
 import re
 from array import array
 from collections import Counter, defaultdict
@@ -127,6 +128,13 @@ class PhoneLabels:
 
     def __len__(self) -> int:
         return len(self._places)
+
+    def sha256(self) -> str:
+        """Return a hash of all that the labels say."""
+        digest = hashlib.sha256("\n".join([*self.phones, "", *self._places]).encode())
+        for column in (self._bounds, self._starts, self._ends, self._phones):
+            digest.update(column.data)
+        return digest.hexdigest()
 
     def ids(self) -> Iterator[str]:
         """Iterate over the ids of the labelled utterances, in the order of the file."""

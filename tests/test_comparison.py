@@ -66,7 +66,7 @@ def test_what_was_measured_is_not_measured_again(splits, tmp_path, labels, monke
     assert capsys.readouterr().out.count("measured before") == 3
 
 
-@pytest.mark.parametrize("change", ["weights", "labels", "measures", "split", "damage", "features"])
+@pytest.mark.parametrize("change", ["weights", "labels", "times", "measures", "split", "damage", "features"])
 def test_what_was_measured_of_something_else_is_measured_anew(splits, tmp_path, labels, change):
     one = plan(splits, tmp_path, labels, tokenizers=[saved(tmp_path)], kmeans=[])
     (first,) = Comparison(one).run()
@@ -74,6 +74,9 @@ def test_what_was_measured_of_something_else_is_measured_anew(splits, tmp_path, 
         RepCodec(DIM, codebook_size=8).save_pretrained(one.tokenizers[0])
     elif change == "labels":
         labels.write_text(labels.read_text().replace("\ta\n", "\tb\n"))
+        one = plan(splits, tmp_path, labels, tokenizers=one.tokenizers, kmeans=[])
+    elif change == "times":  # the same phones and utterances
+        labels.write_text(labels.read_text().replace("\t0.05\t", "\t0.06\t"))
         one = plan(splits, tmp_path, labels, tokenizers=one.tokenizers, kmeans=[])
     elif change == "measures":
         one = replace(one, measures=Measures(corpus=True))
@@ -137,6 +140,8 @@ def test_nothing_to_compare_and_a_missing_file(splits, tmp_path):
         Comparison(plan(splits, tmp_path, kmeans=[]))
     with refused(tmp_path / "none", "no such tokens file"):
         Comparison(plan(splits, tmp_path, tokens=[str(tmp_path / "none")]))
+    with refused(tmp_path / "none.tsv"):
+        Comparison(plan(splits, tmp_path, facts=TokensFacts(tmp_path / "none.tsv")))
 
 
 def test_abx_and_probe_need_labels(splits, tmp_path):
