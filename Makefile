@@ -1,4 +1,4 @@
-# make demo | compare | test | test-all | lint | venv | clean. The environment .venv makes and updates itself.
+# make demo | compare | test | test-all | lint | docs | venv | clean. The environment .venv makes and updates itself.
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
@@ -9,13 +9,16 @@ OUT := outputs/$(RUN)
 DATA := $(if $(AUDIO),"data.audio='$(AUDIO)'") $(if $(LABELS),"data.labels='$(LABELS)'")
 FEATURES := cache/$(RUN)/features/whisper_tiny_en/l3
 
-# What make compare compares: codecs and k-means of these sizes, and residual codebooks; and how long codecs train.
+# What make compare compares: codecs and k-means of these sizes, and residual codebooks; by which measures; how long
+# codecs train, and any other overrides of train.py, as in OVERRIDES='trainer=gpu logger=csv'.
 SIZES ?= 100,500,1024,2048
 CODEBOOKS ?= 2,4
+MEASURES ?= corpus=true abx=true probe=true robustness=true
 STEPS ?= 200
-COMPARE = experiment=demo data.name=demo trainer.max_steps=$(STEPS) $(DATA)
+COMPARED := $(RUN)/compare
+COMPARE := experiment=demo data.name=$(RUN) trainer.max_steps=$(STEPS) $(DATA) $(OVERRIDES)
 
-.PHONY: venv demo compare test test-all lint clean
+.PHONY: venv demo compare test test-all lint docs clean
 venv: $(VENV)/.installed
 
 # Anything that says what to install is newer than the mark: install again.
@@ -38,10 +41,10 @@ demo: venv
 	  '  make demo AUDIO=folder-of-recordings RUN=mine'
 
 compare: venv
-	$(BIN)/python train.py -m run=compare/sizes quantizer.codebook_size=$(SIZES) $(COMPARE)
-	$(BIN)/python train.py -m run=compare/residual quantizer=rvq quantizer.num_codebooks=$(CODEBOOKS) $(COMPARE)
-	$(BIN)/python evaluate.py run=compare encoder=whisper_tiny_en data=demo data.name=demo $(DATA) \
-	  "tokenizers=['outputs/compare/*/*/codec']" "kmeans=[$(SIZES)]" corpus=true abx=true probe=true robustness=true
+	$(BIN)/python train.py -m run=$(COMPARED)/sizes quantizer.codebook_size=$(SIZES) $(COMPARE)
+	$(BIN)/python train.py -m run=$(COMPARED)/residual quantizer=rvq quantizer.num_codebooks=$(CODEBOOKS) $(COMPARE)
+	$(BIN)/python evaluate.py run=$(COMPARED) encoder=whisper_tiny_en data=demo data.name=$(RUN) $(DATA) \
+	  "tokenizers=['outputs/$(COMPARED)/sizes/*/codec','outputs/$(COMPARED)/residual/*/codec']" "kmeans=[$(SIZES)]" $(MEASURES)
 
 test: venv
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
@@ -53,6 +56,11 @@ lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Anything that Sphinx warns of is an error: a link to nowhere, a docstring it cannot read.
+docs: venv
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -b html docs docs/_build/html
+	@echo 'The documentation: docs/_build/html/index.html'
 
 # What you made, outputs/ and cache/, stays.
 clean:
