@@ -1,6 +1,7 @@
 """Compare tokenizers on a set of features, or tokens files by their codes alone: `python evaluate.py --help`."""
 
 import os
+from contextlib import nullcontext
 from datetime import timedelta
 from glob import glob
 from pathlib import Path
@@ -16,6 +17,7 @@ from repcodec.dashboards import WandbRun
 from repcodec.data import FeaturesDataModule
 from repcodec.errors import one_sentence
 from repcodec.evaluation import Measures, rank_and_world
+from repcodec.files import locked
 from repcodec.labels import PhoneLabels
 from repcodec.pipeline import usable_device
 from repcodec.quantizers import first_rank_first
@@ -68,14 +70,17 @@ def compare(config: DictConfig) -> None:
     write_report(run_dir, results, facts, labels.phones if labels is not None else None, comparison.examples(results))
     print_table(results, facts.get("features", "tokens files"))
     if config.wandb is not None:
-        log_table(results, WandbRun(project=config.wandb, name=config.run, save_dir=str(run_dir)).experiment)
+        run = WandbRun(project=config.wandb, name=config.run, save_dir=str(run_dir)).experiment
+        log_table(results, run)
+        run.finish()
     print(f"Written to {run_dir}: report.html, results.json, results.csv, results.md and the plots as PNG")
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
 def main(config: DictConfig) -> None:
     """Run; a user's mistake ends in one sentence and exit code 1."""
-    with one_sentence():
+    alone = locked(Path(config.run_dir) / "results.json") if rank_and_world()[0] == 0 else nullcontext()
+    with one_sentence(), alone:
         compare(config)
 
 

@@ -4,7 +4,9 @@ import logging
 import os
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import hydra
 import lightning as L
@@ -14,7 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from repcodec.checkpointing import find_checkpoint
 from repcodec.errors import one_sentence
+from repcodec.files import locked
 from repcodec.logs import open_logs
+from repcodec.module import CodecModule
 from repcodec.speech_encoders import EncoderSpec
 from repcodec.sweeps import in_sweep, run_job
 
@@ -22,16 +26,28 @@ log = logging.getLogger("repcodec")
 
 
 def train(config: DictConfig) -> float:
-    """Train as configured; return the best validation's normalized reconstruction error."""
+    """Train as configured; return the best validation's normalized reconstruction error.
+
+    Raises:
+        RepCodecError: a user's mistake; another process is training in this folder.
+    """
     EncoderSpec(**config.encoder).valid_layer(config.layer)
     L.seed_everything(config.seed, workers=True, verbose=False)
-    run_dir = Path(config.run_dir)
     data = instantiate(config.data)
     module = instantiate(config.module)
     loggers = [instantiate(logger) for logger in config.logger.values()]
     callbacks = {name: instantiate(callback) for name, callback in config.callbacks.items()}
     every = config.trainer.val_check_interval * config.trainer.get("accumulate_grad_batches", 1)  # Lightning's: batches
     trainer = instantiate(config.trainer, logger=loggers, callbacks=list(callbacks.values()), val_check_interval=every)
+    with locked(Path(config.run_dir) / "checkpoints") if trainer.is_global_zero else nullcontext():
+        return fit(config, trainer, module, data, callbacks)
+
+
+def fit(
+    config: DictConfig, trainer: L.Trainer, module: CodecModule, data: L.LightningDataModule, callbacks: dict[str, Any]
+) -> float:
+    """Go on from the checkpoint that the configuration names, or begin; return as `train` does."""
+    run_dir, loggers = Path(config.run_dir), trainer.loggers
     start = find_checkpoint(config.ckpt_path, run_dir / "checkpoints")
     if start is not None:
         start.check_fits(module.codec, config.encoder.name, config.layer)
@@ -41,8 +57,9 @@ def train(config: DictConfig) -> float:
     if trainer.is_global_zero:
         open_logs(loggers, run_dir, start.step if start else None)
         OmegaConf.save(config, run_dir / "config.yaml", resolve=True)
+    choices: Any = OmegaConf.to_container(config, resolve=True)
     for logger in loggers:
-        logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))
+        logger.log_hyperparams(choices)
     status = 1
     try:
         trainer.fit(module, data, ckpt_path=start.path if start else None, weights_only=True)

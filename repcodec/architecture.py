@@ -11,6 +11,9 @@ from typing import Any
 MOST_REACH = 100_000
 """Frames that a code may look away at most, half an hour; a damaged config.json may say anything."""
 
+MOST_WIDTH, MOST_UNITS = 2**20, 1000
+"""The largest number of an option, and the most residual units of a stack, for the same reason."""
+
 FRAME_RATE = 50.0
 """Frames per second where nothing says how many: those of every speech encoder here."""
 
@@ -68,12 +71,18 @@ class Architecture:
                 value = tuple(value)
                 object.__setattr__(self, field.name, value)
             numbers = value if isinstance(value, tuple) else (value,)
-            if not all(isinstance(number, int) and number >= 1 for number in numbers):
-                raise ValueError(f"{field.name}={value}: expected whole numbers from 1 up")
+            if len(numbers) > MOST_UNITS:
+                raise ValueError(f"{field.name}: a list of {len(numbers)}, expected at most {MOST_UNITS}")
+            if not all(isinstance(number, int) and 1 <= number <= MOST_WIDTH for number in numbers):
+                raise ValueError(f"{field.name}={value}: expected whole numbers from 1 to {MOST_WIDTH}")
             if field.name.endswith("kernel_size") and value % 2 == 0:
                 raise ValueError(f"kernel size {value}: expected an odd one, which keeps the number of frames")
         if len(self.enc_ratios) != len(self.enc_strides) or len(self.dec_ratios) != len(self.dec_strides):
             raise ValueError("expected as many ratios as strides, in the encoder and in the decoder")
+        if max(
+            len(self.enc_strides) * len(self.enc_block_dilations), len(self.dec_strides) * len(self.dec_block_dilations)
+        ) > MOST_UNITS:  # fmt: skip
+            raise ValueError(f"a stack of more than {MOST_UNITS} residual units")
         if self.stride != prod(self.dec_strides):
             raise ValueError(
                 f"enc_strides {self.enc_strides} and dec_strides {self.dec_strides} must have the same product"

@@ -14,6 +14,9 @@ SAMPLE_RATE = 16_000
 SOUND_SUFFIXES = {".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".m4a"}
 """Endings of the files that `find_sound_files` takes; libsndfile reads them all but .m4a, which needs PyAV."""
 
+RATES = (1000, 1_000_000)
+"""Least and most samples per second of a file. Below, a small file becomes a huge one; its header is wrong."""
+
 SAMPLES_A_BYTE = 20_000
 """More than any format packs, silence included: a header that says more lies or, as in a streamed FLAC, knows not."""
 
@@ -48,12 +51,26 @@ def to_mono_16khz(samples: np.ndarray, rate: int, source: str) -> np.ndarray:
     Raises:
         RepCodecError: no sample, or one that is not finite.
     """
+    check_rate(rate, source)
     if not np.isfinite(samples).all():
         raise RepCodecError(f"{source}: the sound holds a value that is not finite; record or convert it again.")
     waveform = resample(samples.mean(axis=1), rate)
     if len(waveform) == 0:
         raise RepCodecError(f"{source}: the sound is empty (0 samples at 16 kHz); remove it.")
     return waveform
+
+
+def check_rate(rate: int, source: Path | str) -> None:
+    """Refuse a sampling rate in hertz that no recording has.
+
+    Raises:
+        RepCodecError: names `source`.
+    """
+    least, most = RATES
+    if not least <= rate <= most:
+        raise RepCodecError(
+            f"{source}: {rate} samples a second, expected {least} to {most}; its header is wrong, convert it."
+        )
 
 
 def resample(samples: np.ndarray, rate: int) -> np.ndarray:
@@ -82,9 +99,10 @@ def num_samples_at_16khz(path: Path | str) -> int:
         return len(read_audio(path))
     try:
         info = soundfile.info(str(path))
-    except (soundfile.SoundFileError, OSError, TypeError) as error:
+        _check_announced(path, info.frames)
+    except (soundfile.SoundFileError, OSError, TypeError, ValueError) as error:
         raise _unreadable(path, error) from error
-    _check_announced(path, info.frames)
+    check_rate(info.samplerate, path)
     if _is_bare_mp3(path, info.format):
         return len(read_audio(path))
     return samples_at_16khz(info.frames, info.samplerate) or len(read_audio(path))
@@ -142,7 +160,8 @@ def _decode(path: Path | str) -> tuple[np.ndarray, int]:
             if _is_bare_mp3(path, file.format):
                 return _decode_with_av(path, "mp3")
             samples = file.read(dtype="float32", always_2d=True)
-    except (soundfile.SoundFileError, OSError, TypeError, MemoryError) as error:  # TypeError: raw, without a header
+    except (soundfile.SoundFileError, OSError, TypeError, ValueError, MemoryError) as error:
+        # TypeError: raw, without a header; ValueError: a name with a zero in it
         raise _unreadable(path, error) from error
     if len(samples) < announced:
         raise _cut_off(path, len(samples), announced)

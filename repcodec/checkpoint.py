@@ -5,17 +5,17 @@ Nothing in them is ever run: of the last two, which are pickles, tensors and pla
 
 import hashlib
 import json
-import re
-import warnings
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from repcodec.architecture import Architecture
-from repcodec.errors import RepCodecError
-from repcodec.files import atomic_write
+from repcodec.errors import RepCodecError, first_line
+from repcodec.files import atomic_write, locked
 from repcodec.model_card import model_card
+from repcodec.pickles import check_bytes, plain_config, read_pickle, weights_of
+from repcodec.shard_files import FRAME_RATES
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -37,26 +37,31 @@ OPTIONS = {field.name for field in fields(Architecture)} - {"dim", "pad_to_strid
 """What `model_params` of a published training config may say."""
 
 
+MOST_YAML = 100_000
+"""Characters of a training config, at most; real ones have a few thousand."""
+
+
 def save_folder(folder: Path | str, config: dict, tensors: "dict[str, Tensor]") -> None:
     """Write model.safetensors, the model card README.md, and config.json, each whole or not at all and in this order.
 
     config.json holds the weights' hash, so that a kill in between leaves nothing that looks finished.
 
     Raises:
-        RepCodecError: the folder cannot be written.
+        RepCodecError: the folder cannot be written, or another process is saving there.
     """
     from safetensors.torch import save
 
     folder = Path(folder)
-    with atomic_write(folder / "model.safetensors", "w+b") as file:
-        weights = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-        file.write(weights)
-    with atomic_write(folder / "README.md") as file:
-        file.write(model_card(config))
-    config = {**config, "weights_sha256": hashlib.sha256(weights).hexdigest()}
-    with atomic_write(folder / "config.json") as file:
-        json.dump(config, file, indent=2)
-        file.write("\n")
+    with locked(folder / "model.safetensors"):  # two that save at once would mix theirs
+        with atomic_write(folder / "model.safetensors", "w+b") as file:
+            weights = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+            file.write(weights)
+        with atomic_write(folder / "README.md") as file:
+            file.write(model_card(config))
+        config = {**config, "weights_sha256": hashlib.sha256(weights).hexdigest()}
+        with atomic_write(folder / "config.json") as file:
+            json.dump(config, file, indent=2)
+            file.write("\n")
 
 
 def read_config(folder: Path | str) -> dict:
@@ -79,7 +84,7 @@ def read_config(folder: Path | str) -> dict:
     if not isinstance(kind, str):
         raise RepCodecError(f'{path}: "kind" is {kind!r}, expected a name.')
     rate = config.get("frame_rate", 1)
-    if not isinstance(rate, int | float) or not 0 < rate < float("inf"):
+    if not isinstance(rate, int | float) or not FRAME_RATES[0] <= rate <= FRAME_RATES[1]:
         raise RepCodecError(f'{path}: "frame_rate" is {rate!r}, expected frames per second, such as 50.')
     return config
 
@@ -100,8 +105,10 @@ def load_tensors(folder: Path | str, module: "nn.Module") -> None:
         tensors = load_file(path)
         with open(path, "rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
-    except (OSError, SafetensorError) as error:
-        raise RepCodecError(f"{path}: the weights cannot be read ({error}); save or download them again.") from error
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError, RuntimeError) as error:
+        raise RepCodecError(
+            f"{path}: the weights cannot be read ({first_line(error)}); save or download them again."
+        ) from error
     # A folder made by hand may lack the hash.
     if read_config(folder).get("weights_sha256", found) != found:
         raise RepCodecError(f"{path}: these are not the weights that config.json describes; save or copy both again.")
@@ -163,7 +170,7 @@ def read_published(path: Path | str, config: Path | str | dict | None = None) ->
         raise RepCodecError(f"{source}: its model_params describe no codec ({error}); correct them.") from error
     names = _published_names(shape, books["codebook_num"])
     _check_names(path, state, names, "give the training config that made them")
-    tensors = {ours: _weights(path, theirs, state[theirs]) for theirs, ours in names.items()}
+    tensors = {ours: weights_of(path, theirs, state[theirs]) for theirs, ours in names.items()}
     for name, tensor in tensors.items():
         if name.endswith((".codes", ".sums")) and tensor.ndim == 2:
             tensors[name] = tensor.T  # published, codes are columns
@@ -186,7 +193,7 @@ def read_lightning(path: Path | str) -> "tuple[dict, dict[str, Tensor]]":
     state = loaded.get("state_dict") if isinstance(loaded, dict) else None
     state = state if isinstance(state, dict) else {}
     tensors = {
-        name.removeprefix("codec."): _weights(path, name, tensor)
+        name.removeprefix("codec."): weights_of(path, name, tensor)
         for name, tensor in state.items()
         if str(name).startswith("codec.")
     }
@@ -200,80 +207,32 @@ def read_lightning(path: Path | str) -> "tuple[dict, dict[str, Tensor]]":
             f"{path}: an earlier version made this checkpoint, which does not say the codec's architecture: use the "
             "codec/ folder of its run."
         )
-    try:
-        config = json.loads(json.dumps(loaded["codec"]))
-    except (TypeError, ValueError, RecursionError):
-        config = None
-    if not isinstance(config, dict):
-        raise RepCodecError(f"{path}: its description of the codec is not made of plain values; use another file.")
-    return config, tensors
+    return plain_config(path, loaded["codec"]), tensors
 
 
 def fill(module: "nn.Module", tensors: "dict[str, Tensor]", source: Path | str) -> None:
     """Give a module copies of tensors, in its own precision; names and shapes must agree exactly.
 
     Raises:
-        RepCodecError: they do not, or a value is not finite; names `source`, where the tensors are from.
+        RepCodecError: they do not, or a value is not finite; names `source`, the file that the tensors are from.
     """
     import torch
 
     expected = module.state_dict()
     _check_names(source, tensors, expected, "use a file that holds the whole codec")
-    copies = {}
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:
             raise RepCodecError(
                 f"{source}: {name} has shape {tuple(tensor.shape)}, but the architecture described has "
                 f"{tuple(expected[name].shape)}; give the training config that made it."
             )
+    check_bytes(source, tensors)
+    copies = {}
+    for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise RepCodecError(f"{source}: {name} holds values that are not finite; use an earlier checkpoint.")
         copies[name] = tensor.to(expected[name].dtype, copy=True, memory_format=torch.contiguous_format)
     module.load_state_dict(copies, assign=True)
-
-
-def read_pickle(path: Path) -> Any:
-    """Read a file that torch.save made, tensors and plain values only.
-
-    Raises:
-        RepCodecError: there is no such file, it is no such file or a damaged one, or holds more.
-    """
-    import torch
-
-    if not path.is_file():
-        found = "is a folder" if path.is_dir() else "does not exist"
-        raise RepCodecError(f"{path} {found}, expected a checkpoint file; check the path.")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # about the kinds of file that are then refused
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except PermissionError as error:
-        raise RepCodecError(f"{path}: you may not read it ({error.strerror}); ask its owner.") from error
-    except Exception as error:  # torch raises many kinds, and in many words advises to run the file
-        if code := re.search(r"GLOBAL ([\w.]{1,80})", str(error)):
-            raise RepCodecError(
-                f"{path}: not loaded, because it holds {code[1]} and loading that could run code; expected tensors "
-                "and plain values alone, so take the file from its publisher or save it again without that."
-            ) from error
-        raise RepCodecError(
-            f"{path}: not a checkpoint that torch can read; it is damaged, cut off or of another kind: download or "
-            "copy it again."
-        ) from error
-
-
-def _weights(path: Path, name: str, tensor: Any) -> "Tensor":
-    """Return what a checkpoint holds under a name, without its gradient.
-
-    Raises:
-        RepCodecError: it is no plain tensor of floating point numbers.
-    """
-    import torch
-
-    kind = getattr(tensor, "dtype", type(tensor).__name__)
-    plain = isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.layout == torch.strided
-    if not plain or tensor.device.type != "cpu":
-        raise RepCodecError(f"{path}: {name} is no tensor of weights (found {kind}); use another file.")
-    return tensor.detach()
 
 
 def _check_names(source: Path | str, found: dict, expected: dict, advice: str) -> None:
@@ -323,9 +282,14 @@ def _model_params(config: Path | str | dict) -> dict:
     source = "config" if isinstance(config, dict) else config
     if not isinstance(config, dict):
         try:
-            loaded = yaml.safe_load(Path(config).expanduser().read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-            raise RepCodecError(f"{config}: not a readable YAML file ({' '.join(str(error).split())}).") from error
+            text = Path(config).expanduser().read_text(encoding="utf-8")
+            # Aliases can make a short file endless, and the parser is slow: no training config has them, or is long.
+            if len(text) > MOST_YAML or any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+                raise ValueError(f"over {MOST_YAML:,} characters, or aliases in it")
+            loaded = yaml.safe_load(text)
+        except Exception as error:  # the parser raises many kinds for values of a type that they are not of
+            said = " ".join(str(error).split())[:300] or type(error).__name__
+            raise RepCodecError(f"{config}: not a readable YAML file ({said}); correct it.") from error
     options = loaded.get("model_params") if isinstance(loaded, dict) else None
     if not isinstance(options, dict):
         raise RepCodecError(f"{source}: expected a published training config with model_params, found none.")
@@ -340,7 +304,7 @@ def _model_params(config: Path | str | dict) -> dict:
         whole = isinstance(numbers, list | tuple) and all(type(number) is int and number > 0 for number in numbers)
         if not (isinstance(value, bool) if kind is bool else whole):
             expected = {bool: "true or false", tuple: "a list of whole numbers from 1 up", int: "a number from 1 up"}
-            raise RepCodecError(f"{source}: {name} is {value!r}, expected {expected[kind]}.")
+            raise RepCodecError(f"{source}: {name} is {repr(value)[:80]}, expected {expected[kind]}.")
     return dict(options)
 
 

@@ -24,11 +24,11 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from repcodec.checkpoint import read_pickle
 from repcodec.codec import RepCodec
 from repcodec.errors import RepCodecError
 from repcodec.files import atomic_write
 from repcodec.module import CodecModule
+from repcodec.pickles import plain_config, read_pickle
 from repcodec.quantizers import sum_over_ranks
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
@@ -104,6 +104,13 @@ def read_checkpoint(path: Path) -> Resumption:
             f"{path}: not a whole state of a training, it lacks {', '.join(missing)}; an earlier version or another "
             "program made it: use a checkpoint of this version's train.py."
         )
+    run = contents["run"]
+    best = run.get("best") if isinstance(run, dict) else None
+    pairs: list[Any] = best if isinstance(best, list) and all(isinstance(pair, tuple) for pair in best) else [()]
+    numbers = all(len(pair) == 2 and isinstance(pair[0], float) and isinstance(pair[1], int) for pair in pairs)
+    if not numbers or type(contents["global_step"]) is not int:
+        raise RepCodecError(f"{path}: its state of a training is damaged (run, global_step); use another checkpoint.")
+    plain_config(path, contents["codec"])
     return Resumption(path, contents)
 
 

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from repcodec.architecture import Architecture
 from repcodec.checkpoint import fill, load_tensors, read_config, read_lightning, read_published, save_folder
-from repcodec.errors import RepCodecError
+from repcodec.errors import RepCodecError, first_line
 from repcodec.hub import local_folder, push
 from repcodec.library_quantizers import QUANTIZERS
 from repcodec.packing import encode_packed
@@ -247,8 +247,11 @@ class RepCodec(nn.Module):
         """
         try:
             return cls.from_config(config)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise RepCodecError(f"{source}: describes no codec this version can build ({error}).") from error
+        except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError, MemoryError) as error:
+            said = first_line(error)[:300]
+            raise RepCodecError(
+                f"{source}: describes no codec this version can build ({said}); copy it again."
+            ) from error
 
     def normalize(self, features: Tensor) -> Tensor:
         """Features (…, D) as the stacks see them."""

@@ -211,7 +211,8 @@ def info(args: argparse.Namespace) -> None:
     rows = describe_path(args.path)
     width = max(len(heading) for heading, _ in rows)
     for heading, text in rows:
-        print(f"{heading:{width}}  {text}")
+        # Halves of characters, which a description can hold, are shown as numbers.
+        print(f"{heading:{width}}  {text}".encode(errors="backslashreplace").decode())
 
 
 def convert(args: argparse.Namespace) -> None:

@@ -3,6 +3,8 @@
 lhotse's manifests and paths can name shell commands; none is ever run here.
 """
 
+import os
+import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count, pairwise
@@ -11,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from repcodec.audio import samples_at_16khz, to_mono_16khz
+from repcodec.audio import check_rate, samples_at_16khz, to_mono_16khz
 from repcodec.errors import RepCodecError, first_line
+from repcodec.files import bounded_lines, check_text
 from repcodec.manifest import Manifest, SoundList
 
 SCHEMES = ("http", "https", "s3", "gs", "azure")
@@ -80,7 +83,7 @@ class CutList(SoundList):
 
 
 def num_samples(cut: Any) -> int:
-    """Return how many samples a cut has at 16 kHz."""
+    """Return how many samples a checked cut has at 16 kHz."""
     return samples_at_16khz(cut.num_samples, cut.sampling_rate)
 
 
@@ -204,6 +207,8 @@ class Shar:
             RepCodecError: the shard cannot be read, or is cut off.
         """
         manifest, archive = self._shards[shard]
+        self._size(shard)  # first: lhotse takes a line, however long, into memory …
+        _check_archive(archive)  # … and a sound
         found = 0
         for cut in _guarded(lambda: _cutset().from_shar(fields={"cuts": [manifest], "recording": [archive]}), archive):
             found += 1
@@ -216,7 +221,7 @@ class Shar:
     def _size(self, shard: int) -> int:
         """Return how many cuts a shard lists."""
         if shard not in self._sizes:
-            self._sizes[shard] = sum(1 for _ in _guarded_lines(self._shards[shard][0]))
+            self._sizes[shard] = sum(1 for _ in _lines(self._shards[shard][0]))
         return self._sizes[shard]
 
 
@@ -227,7 +232,14 @@ def _read_cuts(source: str) -> list[Any]:
         RepCodecError: it cannot be read, or holds something else than plain cuts of recordings.
     """
     _check_name(source)
-    return [_checked(cut, source) for cut in _guarded(lambda: _cutset().from_jsonl_lazy(source), source)]
+
+    def read() -> Iterator[Any]:
+        from lhotse.serialization import decode_json_line, deserialize_item
+
+        for line in _lines(source):
+            yield deserialize_item(decode_json_line(line))
+
+    return [_checked(cut, source) for cut in _guarded(read, source)]
 
 
 def _cutset() -> Any:
@@ -257,6 +269,15 @@ def _checked(cut: Any, source: str) -> Any:
             )
         if one.type != "memory":
             _check_name(str(one.source))
+    if not isinstance(cut.id, str):
+        raise RepCodecError(f"{source}: {cut.id!r} is no id of a cut, expected a text; make it again.")
+    check_text(source, cut.id)
+    try:
+        check_rate(cut.sampling_rate, f"{source}, cut {cut.id!r}")
+        if not 0 <= int(cut.start * cut.sampling_rate) < 2**63 > num_samples(cut) >= 0:
+            raise ValueError("its times are no numbers of seconds")
+    except (ArithmeticError, TypeError, ValueError, AttributeError) as error:
+        raise RepCodecError(f"{source}: cut {cut.id!r} is damaged ({first_line(error)}); make it again.") from error
     return cut
 
 
@@ -276,16 +297,38 @@ def _guarded(make: Callable[[], Any], source: str) -> Iterator[Any]:
         raise RepCodecError(f"{source}: not a readable list of cuts ({first_line(error)}).") from error
 
 
-def _guarded_lines(source: str) -> Iterator[str]:
+def _lines(source: str) -> Iterator[str]:
     """Yield the lines of a text file, local or remote, packed or not, that hold something."""
 
     def lines() -> Iterator[str]:
         from lhotse.serialization import open_best
 
         with open_best(source, "r") as file:
-            yield from (line for line in file if line.strip())
+            yield from (line for line in bounded_lines(file, source) if line.strip())
 
     return _guarded(lines, source)
+
+
+def _check_archive(archive: str) -> None:
+    """Refuse an archive that is packed, or has a sound that says it is longer than the file; remote ones are trusted.
+
+    Raises:
+        RepCodecError: it is one of these, or cannot be read.
+    """
+    if "://" in archive:
+        return
+    if ".tar" not in archive:  # lhotse takes it for JSON lines
+        for _ in _lines(archive):
+            pass
+        return
+    try:
+        size = os.path.getsize(archive)
+        with tarfile.open(archive, "r:") as tar:  # not packed
+            too_long = [member.name for member in tar if member.size > size or member.issparse()]
+    except Exception as error:  # headers that are garbage raise many kinds
+        raise RepCodecError(f"{archive}: not a readable archive ({first_line(error)}); copy it again.") from error
+    if too_long:
+        raise RepCodecError(f"{archive}: {too_long[0]!r} is said to be longer than the archive; copy it again.")
 
 
 def _check_name(source: str) -> None:
@@ -307,6 +350,8 @@ def _expand(names: str | Sequence[str]) -> list[str]:
     first, _, last = numbers.partition("..")
     if not brace:
         return [names]
-    if not (first.isdecimal() and last.isdecimal()):
-        raise RepCodecError(f"{names}: expected a range of numbers in braces, such as {{000000..000099}}.")
+    if not (first.isdecimal() and last.isdecimal() and max(len(first), len(last)) <= 6):
+        raise RepCodecError(
+            f"{names}: expected a range of numbers of at most six digits in braces, such as {{000000..000099}}."
+        )
     return [f"{before}{number:0{len(first)}d}{after}" for number in range(int(first), int(last) + 1)]

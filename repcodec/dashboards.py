@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from requests.utils import get_netrc_auth
 from torch import Tensor
 
+from repcodec.errors import RepCodecError
 from repcodec.figures import codebook_figure, curves_figure, png, usage_figure
 from repcodec.files import atomic_write
 from repcodec.loaders import ResumableLoader
@@ -313,12 +314,19 @@ def first_codebook(quantizer: Quantizer) -> Tensor | None:
 
 
 def read_rows(path: Path) -> list[dict[str, float]]:
-    """Return the rows of a validations.csv, without its empty cells; none where there is no such file."""
+    """Return the rows of a validations.csv, without its empty cells; none where there is no such file.
+
+    Raises:
+        RepCodecError: it cannot be read.
+    """
     if not path.is_file():
         return []
-    with open(path, encoding="utf-8", newline="") as file:
-        rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
-    return [{**row, "step": int(row["step"])} for row in rows]
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+        return [{**row, "step": int(row["step"])} for row in rows]
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, csv.Error) as error:
+        raise RepCodecError(f"{path}: not a readable table of validations ({error!r}); remove it.") from error
 
 
 def git_commit() -> str | None:

@@ -20,7 +20,7 @@ from repcodec.data import ShardsDataModule
 from repcodec.demo_weights import convert_whisper_tiny_en
 from repcodec.errors import RepCodecError
 from repcodec.extraction import extract
-from repcodec.files import atomic_write
+from repcodec.files import atomic_write, locked
 from repcodec.manifest import Manifest, make_manifest, utterance_id
 from repcodec.speech_encoders import encoder_table, load_speech_encoder
 
@@ -175,7 +175,8 @@ def build_corpus(folder: Path, seed: int = 0, sentences: dict[str, int] = SENTEN
         sentences: how many each split has.
 
     Raises:
-        RepCodecError: the folder holds another corpus, a voice cannot be set, or the folder cannot be written.
+        RepCodecError: the folder holds another corpus, a voice cannot be set, the folder cannot be written, or
+            another process is making it.
     """
     about = {"version": CORPUS_VERSION, "seed": seed, "voices": VOICES, "sentences": sentences}
     about = json.loads(json.dumps(about))  # tuples as they come back from a file
@@ -183,9 +184,9 @@ def build_corpus(folder: Path, seed: int = 0, sentences: dict[str, int] = SENTEN
         return
     # In a process of its own: what espeak-ng said before changes what it says next, whatever voice is set, so that
     # only a fresh library speaks the same bytes.
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+    with locked(folder / "corpus.json"), ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
         fresh.submit(_speak_corpus, folder, seed, sentences).result()
-    mark_made(folder, about)
+        mark_made(folder, about)
 
 
 def _speak_corpus(folder: Path, seed: int, sentences: dict[str, int]) -> None:
@@ -314,7 +315,7 @@ def split_recordings(audio: Path, folder: Path, seed: int) -> None:
     """Split recordings at random, a tenth for validation and a tenth for testing, and write the manifests, once.
 
     Raises:
-        RepCodecError: fewer than ten files, or the folder holds another corpus.
+        RepCodecError: fewer than ten files, the folder holds another corpus, or another process is making it.
     """
     audio = audio.expanduser().resolve()
     files = find_sound_files(audio)
@@ -322,14 +323,15 @@ def split_recordings(audio: Path, folder: Path, seed: int) -> None:
     about = {"audio": str(audio), "files_sha256": hashlib.sha256(listing.encode()).hexdigest(), "seed": seed}
     if is_made(folder, about):
         return
-    manifest = make_manifest(audio)
-    if len(manifest) < 10:
-        raise RepCodecError(f"{audio}: {len(manifest)} sound files; at least 10 are needed for three splits.")
-    order = np.random.default_rng(seed).permutation(len(manifest))
-    tenth = len(manifest) // 10
-    parts = {"valid": order[:tenth], "test": order[tenth : 2 * tenth], "train": order[2 * tenth :]}
-    for split, indices in parts.items():
-        chosen = sorted(indices.tolist())
-        paths = [manifest.paths[i] for i in chosen]
-        Manifest(manifest.root, paths, [manifest.num_samples[i] for i in chosen]).write(folder / f"{split}.tsv")
-    mark_made(folder, about)
+    with locked(folder / "corpus.json"):
+        manifest = make_manifest(audio)
+        if len(manifest) < 10:
+            raise RepCodecError(f"{audio}: {len(manifest)} sound files; at least 10 are needed for three splits.")
+        order = np.random.default_rng(seed).permutation(len(manifest))
+        tenth = len(manifest) // 10
+        parts = {"valid": order[:tenth], "test": order[tenth : 2 * tenth], "train": order[2 * tenth :]}
+        for split, indices in parts.items():
+            chosen = sorted(indices.tolist())
+            paths = [manifest.paths[i] for i in chosen]
+            Manifest(manifest.root, paths, [manifest.num_samples[i] for i in chosen]).write(folder / f"{split}.tsv")
+        mark_made(folder, about)

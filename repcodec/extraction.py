@@ -23,7 +23,14 @@ READ_AHEAD = 2
 
 
 def feature_folder(root: Path | str, encoder: str, layer: int, split: str) -> Path:
-    """Return where a split's features lie: `root/<encoder>/l<layer>/<split>`."""
+    """Return where a split's features lie: `root/<encoder>/l<layer>/<split>`.
+
+    Raises:
+        RepCodecError: a name is none of a folder.
+    """
+    for name, what in ((encoder, "a speech encoder"), (split, "a split, which is its manifest's, such as train.tsv")):
+        if name in ("", ".", "..") or "/" in name:
+            raise RepCodecError(f"{name!r} is no name of {what}: choose another.")
     return Path(root) / encoder / f"l{layer}" / split
 
 

@@ -1,14 +1,23 @@
-"""Writing files whole or not at all, and by one process at a time."""
+"""Writing files whole or not at all, and by one process at a time; reading lines of a length that memory holds."""
 
 import errno
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO
 
 from repcodec.errors import RepCodecError
+
+MAX_LINE = 1 << 26
+"""Characters of the longest line that is read, a day of codes; a small zipped file may hold gigabytes in one."""
+
+
+GRACE = 10.0
+"""Seconds that the workers of a killed process have to end too."""
 
 
 class InUse(RepCodecError):
@@ -48,6 +57,34 @@ def atomic_write(path: Path | str, mode: str = "w") -> Iterator[IO]:
             pass
 
 
+def bounded_lines(file: IO[str], source: Path | str) -> Iterator[str]:
+    """Yield the lines of a text file with their ends.
+
+    Raises:
+        RepCodecError: one is longer than `MAX_LINE`; names `source`.
+    """
+    for number, line in enumerate(iter(partial(file.readline, MAX_LINE), ""), start=1):
+        if len(line) == MAX_LINE:
+            raise RepCodecError(
+                f"{source}, line {number}: over {MAX_LINE:,} characters, expected an utterance a line; it is another "
+                "kind of file, or damaged: make it again."
+            )
+        yield line
+
+
+def check_text(source: Path | str, *texts: str) -> None:
+    """Refuse texts that hold halves of characters, as JSON and the names of files can: nothing can write them.
+
+    Raises:
+        RepCodecError: names `source` and the first.
+    """
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        broken = next(text for text in texts if any("\ud800" <= mark <= "\udfff" for mark in text))
+        raise RepCodecError(f"{source}: {broken[:80]!r} holds what is no character of UTF-8: rename it.") from None
+
+
 def walk_files(root: Path | str) -> Iterator[Path]:
     """Yield every file below a folder, in any depth, through links too, those of a folder linked twice only once.
 
@@ -73,8 +110,8 @@ def walk_files(root: Path | str) -> Iterator[Path]:
 def locked(path: Path | str) -> Iterator[None]:
     """Keep other processes from making `path`, by a lock file beside it that is gone afterwards.
 
-    The system lets go of it when the process ends, however it ends, so a lock left behind holds nobody up. On a file
-    system that has no locks, this is none.
+    The system lets go of it when the process ends, however it ends, so a lock left behind holds nobody up; workers of a
+    killed process end some seconds after it, and are waited for. On a file system that has no locks, this is none.
 
     Raises:
         InUse: another process, which the sentence names, is making it.
@@ -84,9 +121,12 @@ def locked(path: Path | str) -> Iterator[None]:
     lock = path.with_name(f".{path.name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = _take(lock)
-        if file is None:
-            raise InUse(f"{path}: process {lock.read_text().strip()} is making it; wait for it, or stop it.")
+        deadline = time.monotonic() + GRACE
+        while (file := _take(lock)) is None:
+            owner = lock.read_text(encoding="ascii", errors="replace").strip()[:20]
+            if _lives(owner) or time.monotonic() > deadline:
+                raise InUse(f"{path}: process {owner} is making it; wait for it, or stop it.")
+            time.sleep(0.1)
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()
@@ -99,6 +139,17 @@ def locked(path: Path | str) -> Iterator[None]:
             yield
         finally:
             lock.unlink(missing_ok=True)
+
+
+def _lives(process: str) -> bool:
+    """Say whether a process of this machine has this id; True where that cannot be known."""
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except (ValueError, PermissionError):
+        return True
+    return True
 
 
 def _take(lock: Path) -> IO[str] | None:

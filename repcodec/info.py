@@ -69,7 +69,7 @@ def _tokenizer(folder: Path) -> list[tuple[str, str]]:
         of_features = {True: "; features by the training set's mean and scale", False: "; none of the features"}
         rows.append(("normalization", norm + of_features.get(config.get("feature_norm", ""), "")))
         rows += [(key.replace("_", " "), f"{value:.4g}") for key, value in (config.get("figures") or {}).items()]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise RepCodecError(f"{folder}/config.json: describes no codec this version knows ({error!r}).") from error
     rows.append(("parameters", _parameters(folder)))
     rows.append(("made by", f"repcodec {config.get('repcodec_version', 'of an unknown version')}"))

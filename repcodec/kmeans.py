@@ -79,7 +79,7 @@ class KMeansTokenizer(nn.Module):
             raise RepCodecError(f"{folder} holds a {config['kind']}, expected a kmeans.")
         try:
             tokenizer = cls(torch.empty(config["codebook_size"], config["dim"], device="meta"))
-        except (KeyError, TypeError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
             raise RepCodecError(f"{folder}/config.json: codebook_size or dim is missing or no number.") from error
         described = ("kind", "dim", "codebook_size", "weights_sha256")
         tokenizer.about = {key: value for key, value in config.items() if key not in described}

@@ -7,7 +7,6 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from itertools import chain, compress, pairwise
 from operator import itemgetter, ne
 from pathlib import Path
@@ -16,16 +15,13 @@ from tqdm import tqdm
 
 from repcodec.audio import SAMPLE_RATE
 from repcodec.errors import RepCodecError, first_line
-from repcodec.files import walk_files
+from repcodec.files import bounded_lines, check_text, walk_files
 
 COLUMNS = ("utt", "start_s", "end_s", "phone")
 """What the header of a table has to name."""
 
 PHONES_PER_SECOND = 100
 """JSON lines hold a phone every 10 ms."""
-
-MAX_LINE = 1 << 26
-"""Characters of the longest line that is read: a day in JSON lines has 60 million; a file without a line end ends."""
 
 MAX_RUN = 10_000
 """Segments that the reader of a table hands on at a time."""
@@ -70,9 +66,7 @@ def _lines(path: Path) -> Iterator[str]:
     ):
         zipped = file.peek(2)[:2] == b"\x1f\x8b"
         text = io.TextIOWrapper(gzip.GzipFile(fileobj=file) if zipped else file, "utf-8-sig", newline="")
-        for number, line in enumerate(iter(partial(text.readline, MAX_LINE), ""), start=1):
-            if len(line) == MAX_LINE:
-                raise RepCodecError(f"{path}, line {number}: not a line of labels, it is over {MAX_LINE:,} characters.")
+        for number, line in enumerate(bounded_lines(text, path), start=1):
             yield line
             if number % 500 == 0:
                 bar.update(file.tell() - bar.n)
@@ -137,6 +131,7 @@ def _read_json(path: Path, lines: Iterable[str]) -> Iterator[Segments]:
                 f'{where}: found {line[:60].strip()!r}, expected a JSON object {{"name": …, "phones": [a phone every '
                 f"10 ms]}} ({first_line(error)}); the file may be cut off."
             ) from error
+        check_text(where, name, *(phones[first] for first in firsts))
         if name in seen:
             raise RepCodecError(f"{where}: {name!r} has had its phones in an earlier line; remove one of them.")
         seen.add(name)
@@ -161,6 +156,7 @@ def _read_folder(root: Path) -> Iterator[Segments]:
     names: dict[str, Path] = {}
     for path in tqdm(files, desc=f"Reading {root.name}", unit="file", delay=1):
         name = path.relative_to(root).with_suffix("").as_posix()
+        check_text(root, name)
         if names.setdefault(name, path) != path:
             raise RepCodecError(f"{path}: {names[name]} holds labels of the same utterance; remove one of them.")
         starts, ends, phones = list[float](), list[float](), list[str]()
@@ -190,7 +186,7 @@ def _read_phn(path: Path) -> Iterator[tuple[float, float, str]]:
         try:
             first, stop, phone = line.split()
             start, end = int(first), int(stop)
-            if not 0 <= start <= end:
+            if not 0 <= start <= end < 2**63:
                 raise ValueError
         except ValueError:
             raise RepCodecError(

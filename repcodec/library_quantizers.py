@@ -21,6 +21,7 @@ from repcodec.quantizers import (
     EMAQuantizer,
     Quantizer,
     QuantizerOutput,
+    check_size,
     first_rank_first,
     fit_centroids,
     from_first_rank,
@@ -152,8 +153,7 @@ class SimVQQuantizer(_LibraryQuantizer):
             ValueError: an argument outside its range.
         """
         super().__init__()
-        if codebook_size < 1:
-            raise ValueError(f"codebook_size={codebook_size}: expected at least 1")
+        check_size(dim, codebook_size)
         self.dim, self.codebook_size = dim, codebook_size
         self.vq = _package().SimVQ(dim=dim, codebook_size=codebook_size)
 
@@ -232,7 +232,8 @@ class FSQQuantizer(_ProjectedQuantizer):
         """
         super().__init__()
         levels = list(levels)
-        if not levels or not all(type(level) is int and level >= 3 for level in levels) or prod(levels) > 2**24:
+        whole = 0 < len(levels) < 24 and all(type(level) is int and level >= 3 for level in levels)
+        if not whole or prod(levels) > 2**24:
             raise ValueError(f"levels={levels}: expected whole numbers from 3 up, of a product up to 2^24")
         self.dim, self.codebook_size, self.levels = dim, prod(levels), levels
         self.vq = _package().FSQ(levels, dim=dim)
@@ -280,8 +281,11 @@ class LFQQuantizer(_ProjectedQuantizer):
             ValueError: an argument outside its range.
         """
         super().__init__()
-        if codebook_size < 2 or codebook_size & (codebook_size - 1):
-            raise ValueError(f"codebook_size={codebook_size}: expected a power of two for lookup-free quantization")
+        check_size(dim, codebook_size)
+        if not 2 <= codebook_size <= 2**20 or codebook_size & (codebook_size - 1):
+            raise ValueError(
+                f"codebook_size={codebook_size}: expected a power of two up to 2^20 for lookup-free quantization"
+            )
         if entropy_weight < 0 or commitment_weight < 0:
             raise ValueError("expected entropy_weight >= 0 and commitment_weight >= 0")
         self.dim, self.codebook_size = dim, codebook_size

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
+from repcodec.errors import RepCodecError
 from repcodec.files import atomic_write
 
 
@@ -48,15 +49,28 @@ def _open_table(logger: CSVLogger, step: int) -> None:
         experiment = logger.experiment
     if not aside.exists():
         return
-    with open(aside, encoding="utf-8", newline="") as file:
-        table = csv.DictReader(file)
-        experiment.metrics_keys = list(table.fieldnames or [])
-        rows = [row for row in table if (row["step"] or "").isdigit() and int(row["step"]) < step]
+    experiment.metrics_keys, rows = read_table(aside, step)
     with atomic_write(path) as file:
         writer = csv.DictWriter(file, experiment.metrics_keys, lineterminator="\r\n")
         writer.writeheader()
         writer.writerows(rows)
     aside.unlink()
+
+
+def read_table(path: Path, step: int) -> tuple[list[str], list[dict[str, str]]]:
+    """Return the columns of a metrics.csv, and its rows of steps before `step`.
+
+    Raises:
+        RepCodecError: it cannot be read.
+    """
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            table = csv.DictReader(file, restkey="")
+            columns = list(table.fieldnames or [])
+            rows = [row for row in table if (row["step"] or "").isdecimal() and int(row["step"]) < step]
+    except (OSError, ValueError, KeyError, csv.Error) as error:
+        raise RepCodecError(f"{path}: not a readable table of a training ({error!r}); remove it.") from error
+    return columns, [{name: row[name] for name in columns} for row in rows]
 
 
 def _identify(logger: WandbLogger, file: Path, new: bool) -> None:

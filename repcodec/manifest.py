@@ -6,6 +6,7 @@ The published format: line 1 is the audio root, every other line `relative_path<
 import hashlib
 import os
 import posixpath
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -38,8 +39,7 @@ def check_lines(*names: str) -> None:
     """
     for name in names:
         # How Python reads a file name that is no UTF-8: with lone surrogates.
-        broken = any("\ud800" <= mark <= "\udfff" for mark in name)
-        if broken or any(mark in name for mark in "\t\n\r"):
+        if re.search("[\t\n\r\ud800-\udfff]", name):
             raise RepCodecError(f"{name!r} holds a tab, a line break or a byte that is no UTF-8: rename it.")
 
 

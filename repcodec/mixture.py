@@ -22,8 +22,10 @@ def whole_weights(weights: Mapping[str, float | str]) -> list[int]:
     """
     parts = []
     for name, weight in weights.items():
+        text = str(weight)
         try:
-            part = Fraction(str(weight))
+            # Of an exponent of many digits, Fraction would write the number out.
+            part = Fraction(text) if len(text.lower().partition("e")[2]) <= 3 else Fraction(0)
         except (ValueError, ZeroDivisionError):
             part = Fraction(0)
         if part <= 0:

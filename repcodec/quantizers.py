@@ -35,6 +35,23 @@ class QuantizerOutput:
     loss: Tensor
 
 
+MOST_VALUES = 2**27
+"""Values of all codes of a codec, 512 MiB: a config.json may ask for any number, before there is a weight for it."""
+
+
+def check_size(dim: int, codebook_size: int, num_codebooks: int = 1) -> None:
+    """Refuse codebooks without a code, and such as fill the memory.
+
+    Raises:
+        ValueError: says which numbers are meant.
+    """
+    if codebook_size < 1:
+        raise ValueError(f"codebook_size={codebook_size}: expected at least 1")
+    if num_codebooks < 1 or dim * codebook_size * num_codebooks > MOST_VALUES:
+        asked = f"num_codebooks={num_codebooks}, codebook_size={codebook_size}"
+        raise ValueError(f"{asked}: expected at least one codebook, and not over {MOST_VALUES} values")
+
+
 class Quantizer(nn.Module):
     """Contract: what the codec asks of a quantizer.
 
@@ -282,8 +299,9 @@ class EMAQuantizer(Quantizer):
             ValueError: an argument outside its range.
         """
         super().__init__()
-        if codebook_size < 1 or num_codebooks < 1 or not 0 <= decay < 1 or revive_below < 0:
-            raise ValueError("expected codebook_size >= 1, num_codebooks >= 1, 0 <= decay < 1, revive_below >= 0")
+        check_size(dim, codebook_size, num_codebooks)
+        if not 0 <= decay < 1 or revive_below < 0:
+            raise ValueError("expected 0 <= decay < 1 and revive_below >= 0")
         self.dim, self.codebook_size, self.num_codebooks = dim, codebook_size, num_codebooks
         self.decay, self.revive_below = decay, revive_below
         books = [EMACodebook(codebook_size, dim, decay, revive_below) for _ in range(num_codebooks)]

@@ -6,11 +6,14 @@ Axes: K codebooks, V codes a codebook, N codes an utterance, S samples.
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from zipfile import BadZipFile
+from zipfile import ZipFile
 
 import numpy as np
 
 from repcodec.files import atomic_write
+
+MOST_BYTES = 1 << 30
+"""Bytes of the counts of one result, unpacked: zeros pack a thousandfold, and a file that was changed may hold any."""
 
 
 @dataclass
@@ -140,8 +143,24 @@ def load_result(path: Path, key: dict) -> Result | None:
             return None
         row = Row(**kept["row"])
         row.intervals = {name: (low, high) for name, (low, high) in row.intervals.items()}
+        with ZipFile(path.with_suffix(".npz")) as packed:
+            if sum(part.file_size for part in packed.infolist()) > MOST_BYTES:
+                return None
         with np.load(path.with_suffix(".npz")) as counts:
             usage, joint = counts["usage"], counts.get("joint")
+        shapes_fit = usage.shape == (row.num_codebooks, row.codebook_size) and (joint is None or joint.ndim == 2)
+        if not (shapes_fit and _are_figures(row)):
+            return None
         return Result(row, usage, joint, [(int(step), float(error)) for step, error in kept["curve"]])
-    except (OSError, ValueError, KeyError, TypeError, BadZipFile):
+    except Exception:  # the reading of JSON, of a zip and of arrays raises many kinds, and all mean: measure again
         return None
+
+
+def _are_figures(row: Row) -> bool:
+    """Say whether the values of a row read from a file are of the kinds that `Row` names."""
+    values = row.as_dict()
+    texts = [values.pop("name"), *values.pop("warnings")]
+    numbers = [bound for bounds in values.pop("intervals").values() for bound in bounds]
+    numbers += [*(values.pop("unit_edit_distance") or {}).values(), *(values.pop("phone_error_rates") or [])]
+    numbers += [value for value in values.values() if value is not None]
+    return all(isinstance(text, str) for text in texts) and all(isinstance(number, int | float) for number in numbers)

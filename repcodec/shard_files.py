@@ -3,14 +3,14 @@
 import json
 import os
 import re
-import tokenize
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from repcodec.errors import RepCodecError
+from repcodec.errors import RepCodecError, first_line
+from repcodec.files import check_text
 
 SUFFIXES = (".npy", ".len", ".json", ".skipped.tsv")
 """Files of a shard: features, lengths, what they are, and the utterances left out, where any was."""
@@ -36,6 +36,10 @@ def _numbered(folder: Path) -> Iterator[tuple[int, int, Path]]:
     for path in folder.glob("*.npy"):
         if match := re.fullmatch(r"(\d+)_(\d+)", path.stem):
             yield int(match[1]), int(match[2]), path
+
+
+FRAME_RATES = (1, 16_000)
+"""Least and most frames per second that a file may say, the most being one a sample."""
 
 
 @dataclass(frozen=True)
@@ -91,10 +95,12 @@ def open_shard(path: Path, dim: int | None) -> Shard:
                 np.lib.format.read_array_header_1_0 if version == (1, 0) else (np.lib.format.read_array_header_2_0)
             )
             shape, fortran_order, dtype = read_header(file)
+            if any(type(size) is not int or size < 0 for size in shape):
+                raise ValueError(f"its shape is {shape}")
             offset = file.tell()
             found_bytes = os.fstat(file.fileno()).st_size - offset
-    except (OSError, ValueError, SyntaxError, tokenize.TokenError) as error:  # the header is a Python literal
-        raise RepCodecError(f"{path}: not a readable .npy file ({error}); extract it again.") from error
+    except Exception as error:  # the header is a Python literal: anything may come out of garbage
+        raise RepCodecError(f"{path}: not a readable .npy file ({first_line(error)}); extract it again.") from error
     if len(shape) != 2 or fortran_order or dtype.kind != "f":
         order = "Fortran" if fortran_order else "C"
         raise RepCodecError(
@@ -140,7 +146,7 @@ def _read_lengths(path: Path, rows: int) -> np.ndarray:
         raise RepCodecError(f"{path}: expected one number of frames a line ({error}).") from error
     if (lengths < 0).any():
         raise RepCodecError(f"{path}: a length is negative ({lengths.min()}); extract this shard again.")
-    if lengths.sum() != rows:
+    if (lengths > rows).any() or lengths.sum() != rows:  # many large ones may come to any sum
         raise RepCodecError(
             f"{path}: the lengths sum to {lengths.sum()} frames, but the .npy beside it has {rows} rows; "
             "extract this shard again."
@@ -153,15 +159,20 @@ def _read_sidecar(path: Path, num_utterances: int) -> dict:
         return {}
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RepCodecError(f"{path}: not a readable shard description ({error}); extract this shard again.") from error
     expected = {"root": str, "frame_rate": int | float, "utterances": list}
     for key, kind in expected.items():
         if not isinstance(about, dict) or not isinstance(about.get(key), kind):
             raise RepCodecError(f"{path}: {key!r} is missing or of the wrong kind; extract this shard again.")
+    if not FRAME_RATES[0] <= about["frame_rate"] <= FRAME_RATES[1]:
+        raise RepCodecError(
+            f"{path}: 'frame_rate' is {about['frame_rate']}, expected frames per second; extract this shard again."
+        )
     names = about["utterances"]
     if len(names) != num_utterances or not all(isinstance(name, str) for name in names):
         raise RepCodecError(
             f"{path}: names {len(names)} utterances, the .len beside it {num_utterances}; extract this shard again."
         )
+    check_text(path, about["root"], *names)
     return about

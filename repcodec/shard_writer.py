@@ -155,10 +155,25 @@ def _whole_lines(journal: IO[str]) -> list[Any]:
         for line in journal:
             if not line.endswith("\n"):
                 break
-            records.append(dict(json.loads(line)))
-    except (ValueError, TypeError):  # a kill tore this line, or it is no journal of ours
+            record = json.loads(line)
+            if records and not _is_record(record):
+                break
+            records.append(dict(record))
+    except (ValueError, TypeError, RecursionError):  # a kill tore this line, or it is no journal of ours
         pass
     return records or [None]
+
+
+def _is_record(record: Any) -> bool:
+    """Say whether a line of a journal is what `ShardWriter.commit` writes."""
+    if not isinstance(record, dict) or record.keys() != {"written", "skipped", "crc32"}:
+        return False
+    written, skipped = record["written"], record["skipped"]
+    if not (isinstance(written, list) and isinstance(skipped, list)):
+        return False
+    if not all(isinstance(pair, list) and len(pair) == 2 for pair in [*written, *skipped]):
+        return False
+    return all(isinstance(name, str) and type(length) is int and length >= 0 for name, length in written)
 
 
 @contextmanager

@@ -8,11 +8,12 @@ import io
 import json
 import logging
 import math
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,11 +26,13 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf, read_write
 
 from repcodec.errors import RepCodecError, first_line, one_sentence, user_message
-from repcodec.files import atomic_write
+from repcodec.files import atomic_write, locked
 
 log = logging.getLogger("repcodec")
 # `hydra.job.num` counts from 0 in every process; a search that goes on numbers its jobs after those before.
 OmegaConf.register_new_resolver("later_job", lambda number, before: int(number) + int(before), replace=True)
+
+_held = ExitStack()  # two sweeps in one folder would mix their jobs; not the callback's, which launchers pickle
 
 
 @dataclass
@@ -50,9 +53,24 @@ class Job:
 
     @classmethod
     def read(cls, folder: Path) -> "Job | None":
-        """Return the job whose folder this is, None where none has begun."""
+        """Return the job whose folder this is, None where none has begun.
+
+        Raises:
+            RepCodecError: its job.json is damaged.
+        """
         path = folder / "job.json"
-        return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+        if not path.is_file():
+            return None
+        try:
+            job = cls(**json.loads(path.read_text(encoding="utf-8")))
+            job.error = None if job.error is None else float(job.error)
+            if not all(isinstance(text, str) for text in [*job.overrides, job.status, job.sentence or ""]):
+                raise TypeError("a value is no text")
+        except (OSError, ValueError, TypeError, OverflowError, RecursionError) as error:
+            raise RepCodecError(
+                f"{path}: not a readable job of a sweep ({first_line(error)}); delete this folder to run it again."
+            ) from error
+        return job
 
     @rank_zero_only
     def write(self, folder: Path) -> None:
@@ -159,6 +177,7 @@ class SweepSummary(Callback):
         """
         folder = Path(config.hydra.sweep.dir)
         with one_sentence(), read_write(config.hydra):
+            _held.enter_context(locked(folder / "sweep.json"))
             _claim(folder, config)
             given = config.hydra.overrides.hydra
             given.append(f"hydra.sweep.dir={_quoted(folder)}")
@@ -181,8 +200,9 @@ class SweepSummary(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs: object) -> None:
         """Print the summary; end with exit code 1 where a job failed."""
         folder = Path(config.hydra.sweep.dir)
-        jobs = _jobs(folder)
+        _held.close()
         with one_sentence():
+            jobs = _jobs(folder)
             write_summary(folder, jobs)
         print_summary(folder, jobs)
         if any(job.status == "failed" for job in jobs.values()):
@@ -199,16 +219,22 @@ def _claim(folder: Path, config: DictConfig) -> None:
     if not path.is_file():
         with atomic_write(path) as file:
             json.dump(sweep, file, indent=2)
-    elif (other := json.loads(path.read_text(encoding="utf-8"))) != sweep:
+        return
+    try:
+        other = json.loads(path.read_text(encoding="utf-8"))
+        what = " ".join(other["overrides"])
+    except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
+        raise RepCodecError(f"{path}: not a readable description of a sweep ({first_line(error)}).") from error
+    if other != sweep:
         raise RepCodecError(
-            f"{folder} holds another sweep, of {' '.join(other['overrides'])}: give the same options to go on with it, "
+            f"{folder} holds another sweep, of {what}: give the same options to go on with it, "
             "name this one with run=NAME, or delete that folder."
         )
 
 
 def _jobs(folder: Path) -> dict[int, Job]:
     """Return the jobs of a sweep that have begun, by number."""
-    found = {int(path.name): Job.read(path) for path in folder.iterdir() if path.name.isdigit()}
+    found = {int(path.name): Job.read(path) for path in folder.iterdir() if re.fullmatch("[0-9]{1,9}", path.name)}
     return {number: job for number, job in sorted(found.items()) if job is not None}
 
 

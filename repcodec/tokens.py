@@ -23,7 +23,7 @@ from typing import IO
 import numpy as np
 
 from repcodec.errors import RepCodecError
-from repcodec.files import atomic_write, locked
+from repcodec.files import atomic_write, bounded_lines, check_text, locked
 from repcodec.manifest import check_lines, utterance_id
 
 FORMATS = ("tokens", "jsonl")
@@ -34,6 +34,9 @@ MAX_CODES = 100_000_000
 
 MAX_CODE = 2**31
 """Codes are below this."""
+
+RATES, MAX_SECONDS = (0.1, 1e6), 1e9
+"""Codes a second, and seconds of an utterance, that a file may say: beyond these no arithmetic is sound."""
 
 
 @dataclass(frozen=True)
@@ -105,11 +108,12 @@ def read_tokens(path: Path | str, rank: int = 0, world_size: int = 1) -> Iterato
     """
     try:
         with _open(path) as file:
-            first = next(file, "")
+            every = bounded_lines(file, path)
+            first = next(every, "")
             if not first.endswith("\n"):
                 raise RepCodecError(f"{path}: the file is empty or cut off in its first line; make it again.")
             is_lines = first.startswith(_JSON)
-            lines = enumerate(chain([first], file) if is_lines else file, start=1 if is_lines else 2)
+            lines = enumerate(chain([first], every) if is_lines else every, start=1 if is_lines else 2)
             parse = _parse_json if is_lines else _parse_line
             for number, line in islice(lines, rank, None, world_size):
                 yield parse(line, f"{path}, line {number}")
@@ -150,7 +154,7 @@ _JSON = '{"'
 def _first_line(path: Path | str) -> str:
     try:
         with _open(path) as file:
-            return next(file, "").rstrip("\n")
+            return next(bounded_lines(file, path), "").rstrip("\n")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise RepCodecError(f"{path}: not a readable tokens file ({error}).") from error
 
@@ -189,13 +193,14 @@ def _parse_json(line: str, where: str) -> Tokens:
         codes = np.array(rows, dtype=np.int64) if repeats is None else _repeated(rows, repeats, where)
         frames, duration = fields.get("frames"), fields.get("duration")
         if not (frames is None or (type(frames) is int and frames >= 0)) or not (
-            duration is None or isinstance(duration, int | float)
+            duration is None or (isinstance(duration, int | float) and 0 <= duration < MAX_SECONDS)
         ):
             raise ValueError("frames or duration is no number from 0 up")
     except (ValueError, OverflowError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RepCodecError(
             f'{where}: found {line[:60]!r}, expected a JSON object with "id" and "codes" ({error!r}); make it again.'
         ) from error
+    check_text(where, name)
     return _checked(Tokens(name, codes, frames, duration), where)
 
 
@@ -204,7 +209,7 @@ def _repeated(rows: Sequence[Sequence[int]], repeats: Sequence[int], where: str)
     lengths = np.array(repeats, dtype=np.int64)
     if any(len(row) != len(repeats) for row in rows):
         raise ValueError("not as many repeats as codes")
-    if (lengths < 1).any() or sum(repeats) > MAX_CODES:
+    if (lengths < 1).any() or len(rows) * sum(repeats) > MAX_CODES:
         raise RepCodecError(f"{where}: a run's length is not a number from 1 up, or all are more than {MAX_CODES}.")
     return np.repeat(np.array(rows, dtype=np.int64), lengths, axis=1)
 
@@ -235,7 +240,13 @@ def read_about(path: Path | str) -> dict:
     sidecar = about_path(path)
     try:
         about = json.loads(sidecar.read_text(encoding="utf-8"))
-        return dict(about)
+        about = dict(about)
+        size, rate = about.get("codebook_size", 1), about.get("codes_per_second", 1)
+        if not (type(size) is int and 0 < size <= MAX_CODE and type(about.get("root", "")) is str):
+            raise ValueError("codebook_size is no whole number from 1 up, or root no text")
+        if not (isinstance(rate, int | float) and RATES[0] <= rate <= RATES[1]):
+            raise ValueError("codes_per_second is no number of codes a second")
+        return about
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, TypeError, RecursionError) as error:
@@ -292,7 +303,7 @@ class LineWriter:
     def _resume(self) -> None:
         try:
             same = json.loads(self._note.read_text(encoding="utf-8")) == self._about and self._partial.exists()
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             same = False
         if not same:
             self._partial.unlink(missing_ok=True)

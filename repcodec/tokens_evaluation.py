@@ -21,6 +21,9 @@ from repcodec.results import Result
 from repcodec.scores import Scores
 from repcodec.tokens import Tokens, read_about, read_tokens
 
+MOST_CODES = 2**20
+"""Codes that all codebooks may have together: more are no codebooks', and counting them would fill the memory."""
+
 RATES = (12.5, 25.0, 50.0, 75.0, 100.0)
 """Codes a second that durations may point to."""
 
@@ -137,6 +140,11 @@ def _survey(path: Path | str, facts: TokensFacts) -> _Found:
         warnings.append(
             f"the codebook's size is not known and was taken as {size}, one more than the largest code; "
             "codebook_size=V says it."
+        )
+    if num_codebooks * max(size, largest + 1) > MOST_CODES:
+        raise RepCodecError(
+            f"{path}: {num_codebooks} codebooks of {max(size, largest + 1):,} codes are more than the {MOST_CODES:,} "
+            "that can be counted; make the file, or the description beside it, again."
         )
     if largest >= size:
         raise RepCodecError(

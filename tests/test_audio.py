@@ -420,3 +420,21 @@ def test_a_folder_that_cannot_be_listed_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", closed)
     with refused(tmp_path / "closed", "cannot be listed"):
         find_sound_files(tmp_path)
+
+
+@pytest.mark.parametrize("rate", [1, 999, 2**31 - 1])
+def test_a_sampling_rate_that_no_recording_has_is_refused_before_it_is_converted(tmp_path, rate):
+    path = tmp_path / "a.wav"
+    soundfile.write(path, np.zeros(1000), 16_000)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:24] + rate.to_bytes(4, "little") + whole[28:])
+
+    for read in (read_audio, num_samples_at_16khz):
+        with refused(path, f"{rate} samples a second", "header is wrong"):
+            read(path)
+
+
+def test_a_path_that_no_file_can_have_is_one_sentence(tmp_path):
+    for read in (read_audio, num_samples_at_16khz):
+        with refused("not a readable sound file"):
+            read(f"{tmp_path}/a\0.wav")

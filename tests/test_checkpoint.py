@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from repcodec.checkpoint import load_tensors, read_config, save_folder
+from repcodec.checkpoint import fill, load_tensors, read_config, save_folder
 from repcodec.errors import RepCodecError
 
 
@@ -47,3 +47,18 @@ def test_unwritable_folder_leaves_nothing(tmp_path):
     with pytest.raises(RepCodecError, match="could not be written"):
         save_folder(tmp_path / "file" / "codec", {"kind": "x"}, {"w": torch.zeros(1)})
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("rate", ["1e-300", "9" * 400, "20000"])
+def test_a_frame_rate_beyond_all_sounds_is_one_sentence(tmp_path, rate):
+    (tmp_path / "config.json").write_text(f'{{"kind": "x", "frame_rate": {rate}}}')
+    with pytest.raises(RepCodecError, match=r'"frame_rate" is .*, expected frames per second'):
+        read_config(tmp_path)
+
+
+def test_tensors_that_repeat_one_value_are_refused_before_they_are_written_out(tmp_path):
+    torch.save({"weight": torch.zeros(1).expand(500, 500), "bias": torch.zeros(500)}, tmp_path / "small.pkl")
+    tensors = torch.load(tmp_path / "small.pkl", weights_only=True)
+    assert (tmp_path / "small.pkl").stat().st_size < 10_000
+    with pytest.raises(RepCodecError, match=r"small\.pkl: its tensors have more bytes than the file"):
+        fill(torch.nn.Linear(500, 500), tensors, tmp_path / "small.pkl")

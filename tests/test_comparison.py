@@ -17,8 +17,13 @@ from sklearn.cluster import KMeans
 from repcodec.codec import RepCodec
 from repcodec.comparison import Comparison, Plan
 from repcodec.data import ShardsDataModule
+from repcodec.demo import SPLITS
 from repcodec.evaluation import Measures
+from repcodec.extraction import extract
 from repcodec.labels import PhoneLabels
+from repcodec.manifest import Manifest
+from repcodec.shards import FeatureShards
+from repcodec.speech_encoders import encoder_table, load_speech_encoder
 from repcodec.tokens_evaluation import TokensFacts
 
 ROOT = Path(__file__).parent.parent
@@ -154,7 +159,7 @@ def run_evaluate(processes, splits, run_dir, *overrides):
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, *torchrun, *script], capture_output=True, text=True, timeout=400, check=False, env=environment
+        [sys.executable, *torchrun, *script], capture_output=True, text=True, timeout=900, check=False, env=environment
     )
     assert done.returncode == 0, done.stderr
     return json.loads((run_dir / "results.json").read_text())["rows"], done.stdout
@@ -180,3 +185,40 @@ def test_two_processes_find_what_one_finds(splits, tmp_path, labels):
         assert bounds.keys() == others.keys()
         for field in bounds:
             assert bounds[field] == pytest.approx(others[field], rel=1e-9)
+
+
+@pytest.fixture(scope="module")
+def speech_features(speech, whisper_folder, tmp_path_factory):
+    """A folder of the splits of Whisper tiny.en's features of real speech, and a codec of them."""
+    folder = tmp_path_factory.mktemp("features")
+    spec = encoder_table()["whisper_tiny_en"]
+    encoder = load_speech_encoder(spec, 3, whisper_folder)
+    for split in SPLITS:
+        extract(Manifest.read(speech / f"{split}.tsv"), folder / split, spec, encoder, model=whisper_folder)
+    torch.manual_seed(0)
+    codec = RepCodec(384, codebook_size=32)
+    codec.start_as_identity()
+    frames = torch.from_numpy(FeatureShards(folder / "train").sample(2000))
+    codec.quantizer.start(frames, seed=0)
+    about = {"encoder": "whisper_tiny_en", "layer": 3, "frame_rate": 50, "encoder_model": str(whisper_folder)}
+    codec.save_pretrained(folder / "codec", about)
+    return folder
+
+
+@pytest.mark.slow  # probes with three seeds each, twice
+def test_two_processes_find_what_one_finds_on_speech(speech, speech_features, tmp_path):
+    overrides = [
+        "encoder=whisper_tiny_en", "layer=3", "encoder.dim=384", f"tokenizers=['{speech_features}/codec']",
+        f"labels='{speech}/phones.tsv'", "probe=true", "robustness=true", "wandb=tests",
+    ]  # fmt: skip
+    one, _ = run_evaluate(1, speech_features, tmp_path / "one", *overrides)
+    two, _ = run_evaluate(2, speech_features, tmp_path / "two", *overrides)
+    assert [row["name"] for row in one] == ["RepCodec 32", "features"]
+    for first, second in zip(one, two, strict=True):
+        assert first["phone_error_rates"] == second["phone_error_rates"]
+        assert first["unit_edit_distance"] == pytest.approx(second["unit_edit_distance"])
+    for run in ("one", "two"):  # one table each, whoever logged
+        (table,) = (tmp_path / run).rglob("evaluation_*.table.json")
+        logged = json.loads(table.read_text())
+        names = [dict(zip(logged["columns"], row, strict=True))["name"] for row in logged["data"]]
+        assert names == [row["name"] for row in one]

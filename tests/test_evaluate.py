@@ -1,6 +1,7 @@
 """evaluate.py as a process, on codecs that train.py and the package saved."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from repcodec.codec import RepCodec
+from repcodec.files import locked
 
 ROOT = Path(__file__).parent.parent
 
@@ -42,6 +44,15 @@ def test_several_codecs_and_kmeans_in_one_table(splits, tmp_path):
         assert row["normalized_error"] > 0
     assert (tmp_path / "run" / "report.html").exists()
     assert (tmp_path / "run" / "kmeans-16" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_a_second_evaluation_in_the_same_folder_is_refused(splits, tmp_path):
+    with locked(tmp_path / "run" / "results.json"):
+        result = evaluate(splits, tmp_path / "run", "kmeans=[8]", "tokenizers=[]")
+    assert result.returncode == 1
+    assert f"process {os.getpid()} is making it" in result.stderr
+    assert not (tmp_path / "run" / "results.json").exists()
 
 
 def test_mistake_is_one_sentence(splits, tmp_path):

@@ -1,6 +1,9 @@
 import os
+import subprocess
+import sys
 
 import pytest
+from conftest import refused
 
 from repcodec.errors import RepCodecError
 from repcodec.files import atomic_write, locked
@@ -161,3 +164,22 @@ def test_an_unwritable_folder_cannot_be_locked(tmp_path):
 
     with pytest.raises(RepCodecError, match="could not be written"), locked(tmp_path / "file" / "a.npy"):
         pass
+
+
+def test_a_killed_process_whose_workers_still_end_holds_nobody_up(tmp_path):
+    path = tmp_path / "made"
+    code = (
+        "import os, sys, time\nfrom repcodec.files import locked\n"
+        "with locked(sys.argv[1]):\n"
+        "    if os.fork() == 0: time.sleep(1.5); os._exit(0)\n"  # a worker has what its parent holds
+        "    print('holds', flush=True); time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, path], stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"holds\n"
+        with refused(path, f"process {process.pid} is making it"), locked(path):
+            pass
+        process.kill()
+        process.wait()
+        with locked(path):
+            pass
+    assert not list(tmp_path.iterdir())

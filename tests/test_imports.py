@@ -35,6 +35,7 @@ LAYERS = [
         "metrics",
         "model_card",
         "packing",
+        "pickles",
         "quantizers",
         "speech_encoders",
         "stacks",

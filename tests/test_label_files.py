@@ -10,7 +10,7 @@ import pytest
 from conftest import refused
 from praatio import textgrid
 
-from repcodec import label_files
+from repcodec import files, label_files
 from repcodec.labels import UNLABELLED, PhoneLabels
 
 HEADER = "utt\tstart_s\tend_s\tphone\n"
@@ -514,7 +514,7 @@ def test_a_zipped_file_that_was_cut_off_is_refused(tmp_path, kept):
 
 @pytest.mark.parametrize("name", ["a.tsv", "a.jsonl"])
 def test_a_file_without_line_ends_does_not_fill_the_memory(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(label_files, "MAX_LINE", 1000)
+    monkeypatch.setattr(files, "MAX_LINE", 1000)
     path = put(tmp_path, name, (HEADER if name == "a.tsv" else "") + "x" * 5000)
 
     with refused(path, "over 1,000 characters"):
@@ -547,3 +547,25 @@ def test_what_may_not_be_read_is_refused(shut):
         PhoneLabels.read(shut / "a.tsv")
     with refused(shut / "open" / "shut" / "b.phn"):
         PhoneLabels.read(shut / "open" / "shut" / "b.phn")
+
+
+def test_samples_that_no_sound_has_are_refused(tmp_path):
+    path = put(tmp_path, "labels/a.phn", f"0 {'9' * 400} a\n")
+
+    with refused(path, "line 1", "expected start_sample end_sample phone"):
+        PhoneLabels.read(tmp_path / "labels")
+
+
+@pytest.mark.parametrize("line", [r'{"name": "\ud800", "phones": ["a"]}', r'{"name": "a", "phones": ["\udfff"]}'])
+def test_halves_of_characters_are_refused(tmp_path, line):
+    path = put(tmp_path, "a.jsonl", f"{line}\n")
+
+    with refused(path, "line 1", "no character of UTF-8"):
+        PhoneLabels.read(path)
+
+
+def test_names_of_files_that_are_no_utf8_are_refused(tmp_path):
+    put(tmp_path, "labels/a\udcff.phn", "0 10 a\n")
+
+    with refused(tmp_path / "labels", "no character of UTF-8"):
+        PhoneLabels.read(tmp_path / "labels")

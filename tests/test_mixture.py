@@ -114,3 +114,9 @@ def test_folders_of_several_manifests_and_roots_go_together(two, tmp_path):
     mix = FeatureShards([tmp_path / "c", tmp_path / "d"])
     assert (mix.manifest_sha256, mix.root, len(mix)) == ("c+d", "", 2)
     assert FeatureShards(tmp_path / "c").manifest_sha256 == "c"
+
+
+@pytest.mark.parametrize("weight", ["1e999999999", "1e-999999999", "0.5e+1234"])
+def test_a_weight_that_would_take_a_lifetime_to_write_out_is_refused(weight):
+    with refused("expected a number above 0"):
+        whole_weights({"a": weight, "b": 1})

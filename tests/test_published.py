@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import zipfile
 from collections import Counter, OrderedDict
 from importlib.metadata import version
 from math import prod
@@ -566,7 +567,7 @@ def test_a_config_that_is_no_file_is_one_sentence(tmp_path, tiny, where):
         ({"enc_block_kernel_size": 5}, "has shape (8, 8, 3), but the architecture described has (8, 8, 5)"),
         ({"enc_block_dilations": [1]}, "unexpected, such as encoder.conv_blocks.0.res_units.1"),
         ({"input_channels": 9}, "has shape"),
-        ({"enc_ratios": [2**62, 1]}, "describes no codec"),
+        ({"enc_ratios": [2**20, 1]}, "describes no codec"),
     ],
 )
 def test_a_config_of_another_codec_is_one_sentence(tiny, options, message):
@@ -641,3 +642,54 @@ def test_names_of_the_published_state_dict_are_those_of_the_description(tmp_path
     unit = codec.encoder.stages[1].residuals[0]
     assert torch.equal(unit.pointwise.weight, state["encoder.conv_blocks.1.res_units.0.conv2.weight"])
     assert torch.equal(codec.quantizer.codebooks[0].codes, state["quantizer.codebook.layers.0.embed"].T)
+
+
+def zip_that_unpacks_to_more(path):
+    """A checkpoint whose pickle is packed, and a thousand times as long."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as parts:
+        parts.writestr("tiny/data.pkl", b"\x80\x02" + b"0" * 10_000_000)
+        parts.writestr("tiny/version", "3")
+
+
+def endless(path):
+    """A tiny checkpoint whose description of the codec is lists that hold one another a thousand million times."""
+    loaded = torch.load(path, weights_only=True)
+    value = ["codec"]
+    for _ in range(9):
+        value = [value] * 10
+    loaded["codec"] = {"kind": value}
+    torch.save(loaded, path)
+
+
+@pytest.mark.parametrize("suffix", LOADERS)
+@pytest.mark.parametrize(("lie", "message"), [(zip_that_unpacks_to_more, "another kind"), (endless, "plain values")])
+def test_small_files_that_would_fill_the_memory_are_refused(tmp_path, tiny, suffix, lie, message):
+    loaded = torch.load(tiny, weights_only=True)
+    loaded["state_dict"] = {f"codec.{name}": value for name, value in loaded["model"]["repcodec"].items()}
+    path = tmp_path / f"tiny{suffix}"
+    torch.save(loaded | {"codec": {}}, path)
+    lie(path)
+    assert path.stat().st_size < 1_000_000
+    if suffix == ".pkl" and lie is endless:
+        load_tiny(path)  # it reads no description
+    else:
+        with refused(path, message):
+            LOADERS[suffix](path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "model_params: {code_dim: !!int ''}",
+        "model_params: {code_dim: !!bool maybe}",
+        "model_params: {code_dim: !!timestamp x}",
+        "a: &a [1]\nmodel_params: {enc_strides: *a}",
+        "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{f'*a{i - 1}, ' * 10}]\n" for i in range(1, 10)) + "model_params: *a9",
+        "a" * 200_000,
+        "[" * 50_000,
+    ],
+)
+def test_a_training_config_that_is_none_is_one_sentence(tmp_path, tiny, text):
+    (tmp_path / "config.yaml").write_text(text)
+    with refused(tmp_path / "config.yaml", "not a readable YAML file"):
+        RepCodec.from_published(tiny, tmp_path / "config.yaml")

@@ -230,3 +230,50 @@ def test_a_description_of_another_number_of_utterances_is_refused(tmp_path, name
 
     with refused(tmp_path / "0_1.json", f"names {len(names)} utterances", "2"):
         FeatureShards(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "{[]: 1}",
+        "-" * 5000 + "1",
+        "{'descr': '<f4', 1: False, 'shape': (5, 4)}",
+        "{'descr': ('<f4',), 'fortran_order': False, 'shape': (5, 4)}",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (0, -4)}",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (-5, -4)}",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (True, 20)}",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000000, 4)}",
+    ],
+)
+def test_a_header_that_is_none_is_refused(tmp_path, header):
+    path = published(tmp_path, random(5, DIM), [5])
+    path.write_bytes(b"\x93NUMPY\1\0" + len(header).to_bytes(2, "little") + header.encode() + bytes(80))
+
+    with refused(path) as caught:
+        FeatureShards(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_lengths_whose_sum_overflows_to_the_rows_are_refused(tmp_path):
+    published(tmp_path, random(5, DIM), [2**62] * 4 + [5])
+
+    with refused(tmp_path / "0_1.len", "lengths sum to"):
+        FeatureShards(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("description", "found"),
+    [
+        ("[" * 100_000, "not a readable shard description"),
+        (json.dumps(about("a.wav", "b.wav", frame_rate=0)), "'frame_rate' is 0"),
+        (json.dumps(about("a.wav", "b.wav", frame_rate=float("nan"))), "'frame_rate' is nan"),
+        (json.dumps(about("a.wav", "b.wav", frame_rate=10**400)), "'frame_rate' is 1000"),
+        (json.dumps(about("a.wav", "\ud800.wav")), "no character of UTF-8"),
+    ],
+)
+def test_a_description_that_lies_is_refused(tmp_path, description, found):
+    published(tmp_path, random(5, DIM), [3, 2])
+    (tmp_path / "0_1.json").write_text(description)
+
+    with refused(tmp_path / "0_1.json", found):
+        FeatureShards(tmp_path)

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -363,3 +364,29 @@ def test_a_second_writer_is_refused_with_the_first_ones_process_id_until_that_di
 
     assert is_finished(tmp_path, 0, 1)
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[]",
+        "{}",
+        '{"written": 3, "skipped": [], "crc32": 0}',
+        '{"written": [["a", -5]], "skipped": [], "crc32": 0}',
+        '{"written": [["a", "b"]], "skipped": [], "crc32": 0}',
+        '{"written": [["a"]], "skipped": [], "crc32": 0}',
+        '{"written": [], "skipped": [3], "crc32": 0}',
+        "[" * 100_000,
+    ],
+)
+def test_a_journal_that_is_garbage_from_a_line_on_is_taken_up_to_it(tmp_path, line):
+    with suppress(KeyboardInterrupt), write_shard(tmp_path, 0, 1, 2, {"root": "/audio", "frame_rate": 50}) as shard:
+        shard.append("a.wav", np.ones((3, 2), np.float32))
+        shard.commit()
+        raise KeyboardInterrupt
+    with open(tmp_path / ".0_1.journal", "a") as journal:
+        journal.write(f"{line}\n")
+
+    with write_shard(tmp_path, 0, 1, 2, {"root": "/audio", "frame_rate": 50}) as shard:
+        assert shard.utterances == ["a.wav"]
+    assert FeatureShards(tmp_path).lengths.tolist() == [3]

@@ -20,6 +20,7 @@ from hydra.errors import MissingConfigException
 from hydra.utils import instantiate
 
 from repcodec.errors import user_message
+from repcodec.files import locked
 from repcodec.sweeps import Job, run_job
 
 ROOT = Path(__file__).parent.parent
@@ -71,6 +72,14 @@ def summary(folder):
 
 def error_of(folder):
     return json.loads((folder / "codec" / "config.json").read_text())["figures"]["normalized_error"]
+
+
+def test_a_second_sweep_in_the_same_folder_is_refused(sweep, tmp_path, capsys):
+    folder = tmp_path / "sweep"
+    with locked(folder / "sweep.json"):
+        assert sweep("seed=0,1", f"hydra.sweep.dir='{folder}'") == 1
+    assert f"process {os.getpid()} is making it" in capsys.readouterr().err
+    assert not list(folder.iterdir())
 
 
 def test_a_sweep_goes_on_after_a_failed_job_and_again_by_the_same_command(features, sweep, tmp_path, capfd):

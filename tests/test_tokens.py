@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import refused
 
+from repcodec import files
 from repcodec.errors import RepCodecError
 from repcodec.tokens import (
     LineWriter,
@@ -265,6 +266,8 @@ def test_a_run_of_no_or_endless_length_is_refused(tmp_path, codes):
         '{"id": "a", "codes": [[1]], "frames": -1}',
         '{"id": "a", "codes": [[1]], "frames": "many"}',
         '{"id": "a", "codes": [[99999999999999999999]]}',
+        '{"id": "a", "codes": [[1]], "duration": NaN}',
+        '{"id": "a", "codes": [[1]], "duration": ' + "9" * 400 + "}",
         '{"id": "a", "codes": ' + "[" * 100_000,
     ],
 )
@@ -296,3 +299,52 @@ def test_an_unreadable_description_is_refused(tmp_path):
     with refused(about_path(tmp_path / "a"), "not a readable description"):
         read_about(tmp_path / "a")
     assert read_about(tmp_path / "b") == {}
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        {"codebook_size": "64"},
+        {"codebook_size": 0},
+        {"codebook_size": 2**40},
+        {"codes_per_second": 0},
+        {"codes_per_second": float("nan")},
+        {"codes_per_second": 10**400},
+        {"codes_per_second": "50"},
+        {"root": 3},
+    ],
+)
+def test_a_description_that_lies_is_refused(tmp_path, about):
+    about_path(tmp_path / "a").write_text(json.dumps(about))
+    with refused(about_path(tmp_path / "a"), "not a readable description", "delete it"):
+        read_about(tmp_path / "a")
+
+
+def test_runs_of_many_codebooks_do_not_fill_the_memory(tmp_path):
+    line = {"id": "a", "codes": [[1]] * 1000, "repeats": [99_999_999]}
+    (tmp_path / "a").write_text(json.dumps(line) + "\n")
+    with refused(tmp_path / "a", "line 1", "run's length"):
+        list(read_tokens(tmp_path / "a"))
+
+
+def test_a_name_that_nothing_can_write_is_refused(tmp_path):
+    (tmp_path / "a").write_text('{"id": "\\ud800", "codes": [[1]]}\n')
+    with refused(tmp_path / "a", "line 1", "no character of UTF-8"):
+        list(read_tokens(tmp_path / "a"))
+
+
+@pytest.mark.parametrize("first", ["/audio\na.wav\t", '{"id": "'])
+def test_a_line_without_end_does_not_fill_the_memory(tmp_path, monkeypatch, first):
+    monkeypatch.setattr(files, "MAX_LINE", 1000)
+    (tmp_path / "a").write_bytes(gzip.compress(first.encode() + b"1" * 5000))
+    with refused(tmp_path / "a", "over 1,000 characters"):
+        list(read_tokens(tmp_path / "a"))
+
+
+def test_a_note_of_a_killed_run_that_is_garbage_is_begun_anew(tmp_path):
+    (tmp_path / ".a.partial").write_text("/audio\nb.wav\t1\n")
+    (tmp_path / ".a.about").write_text("[" * 100_000)
+    with LineWriter(tmp_path / "a", {}, "/audio") as file:
+        assert file.done == []
+        file.write("c.wav\t2\n")
+    assert [tokens.name for tokens in read_tokens(tmp_path / "a")] == ["c.wav"]

@@ -150,3 +150,9 @@ def test_utterances_of_different_numbers_of_codebooks(tmp_path):
     path.write_text(path.read_text() + format_line(Tokens("z.wav", np.zeros((2, 3), int)), "jsonl"))
     with refused(path, "z.wav has 2 codebooks"):
         measure_tokens(path, "x", None)
+
+
+def test_codebooks_that_would_fill_the_memory_are_refused(tmp_path):
+    (tmp_path / "a").write_text(f"/audio\nu.wav\t1 {2**31 - 1}\n")
+    with refused(tmp_path / "a", "can be counted"):
+        measure_tokens(tmp_path / "a", "a", None)

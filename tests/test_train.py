@@ -12,12 +12,13 @@ import lightning
 import numpy as np
 import pytest
 import torch
-from conftest import FAST_CODEC, write_split
+from conftest import FAST_CODEC, refused, write_split
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from repcodec.codec import RepCodec
 from repcodec.errors import RepCodecError
+from repcodec.files import locked
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -257,6 +258,13 @@ def test_nan_features_in_a_worker_end_the_run_in_one_sentence(splits, tmp_path):
     rows[:] = np.inf
     rows.flush()
     assert "holds NaN or infinity" in one_sentence(run(splits, tmp_path / "run", "data.num_workers=1"))
+
+
+def test_a_second_training_in_the_same_folder_is_refused(splits, tmp_path):
+    run = tmp_path / "run"
+    with locked(run / "checkpoints"), refused(run, f"process {os.getpid()} is making it"):
+        run_here(splits, run)
+    assert not list(run.iterdir())
 
 
 @pytest.mark.slow  # test_errors.py has the sentences
