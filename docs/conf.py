@@ -30,14 +30,16 @@ suppress_warnings = ["ref.python"]
 
 
 def as_text(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
-    """Keep |x| a norm, `name`s a plural, two names of one kind two names, and a list and what follows it apart."""
+    """Docstrings are prose: |x| is a norm, `name`s a plural, "D." no numbering, a list ends where its indent does."""
+    if lines and lines[-1].startswith(":type: "):  # what stands before the colon of a constant's docstring
+        lines[0] = f"{lines.pop().removeprefix(':type: ')}: {lines[0]}"
     for i, line in enumerate(lines):
         line = re.sub(r"(`[^`]+`)(?=\w)", r"\1\\ ", line.replace("|", r"\|"))
+        line = re.sub(r"^(:\w+ [^:]+: |\s*)(\w)\.(?=\s|$)", r"\1\\\2.", line)
         # Sphinx takes what stands before a space for a type.
         lines[i] = re.sub(r"^:(ivar|param) (.*?):", lambda found: found[0].replace(", ", ","), line)
     for i in range(len(lines) - 1, 0, -1):
-        before, line = lines[i - 1], lines[i]
-        if before.startswith(" ") and line.strip() and not line.startswith(" "):
+        if lines[i - 1].startswith(" ") and lines[i].strip() and not lines[i].startswith(" "):
             lines.insert(i, "")
 
 

@@ -6,10 +6,7 @@ What was noted is then done here, on tiny speech encoders and a few seconds of n
 """
 
 import argparse
-import gzip
 import io
-import json
-import logging
 import re
 import runpy
 import shlex
@@ -19,7 +16,6 @@ import sys
 import tomllib
 from contextlib import redirect_stdout
 from dataclasses import replace
-from html.parser import HTMLParser
 from itertools import product
 from pathlib import Path
 
@@ -29,20 +25,15 @@ import soundfile
 import torch
 import transformers
 import yaml
-from conftest import write_split
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.singleton import Singleton
 from omegaconf import OmegaConf
 from test_config import check_arguments, targets
-from test_cuts import lhotse_files, served  # noqa: F401  (fixtures)
 from test_imports import FILES, LAYERS
 from test_published import complete, published_state, write_published
-from test_report import BROWSERS
 
 from repcodec.cli import main
 from repcodec.codec import RepCodec
-from repcodec.manifest import Manifest, utterance_id
 from repcodec.speech_encoders import encoder_table
 
 ROOT = Path(__file__).parent.parent
@@ -340,210 +331,3 @@ def test_architecture_names_every_file_in_its_layer():
     for page, names in zip(("formats", "networks", "lightning", "jobs", "entries"), LAYERS, strict=True):
         rows = re.findall(rf"^\| \[\w+\]\(api/{page}\.md\).*\| (.*) \|$", table, re.M)
         assert set(re.findall(r"`(\w+)`", " ".join(rows))) == names
-
-
-def test_every_benchmark_has_its_place():
-    scripts = {path.name for path in ROOT.glob("benchmarks/*.py")}
-    page = DOCUMENTS["docs/benchmarks.md"].read_text(encoding="utf-8")
-    assert set(re.findall(r"^\| .* \| \[(\w+\.py)\]\(#", page, re.M)) == scripts
-    assert {Path(words[1]).name for words in map(str.split, re.findall(r"^python .*", page, re.M))} == scripts
-    assert set(BENCHMARKS) == {name.removesuffix(".py") for name in scripts}
-
-
-RUNS = [name for name, path in DOCUMENTS.items() if re.search(r"\b(train|evaluate)\.py \S*=", path.read_text())]
-BENCHMARKS = {
-    "data": "--dim 16 --minutes 0.2 --runs 1 --batches 2",
-    "extraction": "--audio LibriSpeech/test --runs 1",
-    "kill_extraction": "1 --audio LibriSpeech/test --files 3",
-    "quantizers": "--features few --encoder whisper_tiny_en --steps 1",
-    "recipes": "--features few --encoder whisper_tiny_en --steps 2 --fast-steps 2 --seeds 0",
-    "tokenization": "--dim 16 --minutes 0.2 --runs 1",
-    "train": "--dims 16 --steps 1",
-}
-
-
-@pytest.fixture
-def studio(checkout, models):
-    """The same folder with what training and evaluation name: features, recordings, labels, tokens files."""
-    make_features()
-    write_features("dumped")
-    for name in ("features_a", "features_b"):
-        Path(name).symlink_to("features")
-    Path("path/to").mkdir(parents=True)
-    Path("path/to/recordings").symlink_to(Path("LibriSpeech").resolve())
-    about = {"encoder": "hubert_base", "layer": 9, "frame_rate": 50, "encoder_model": str(models / "hubert")}
-    for i, size in enumerate((8, 16)):
-        RepCodec(DIM, codebook_size=size).save_pretrained(f"outputs/sizes/{i}/codec", about)
-    shutil.copy("test.tsv", "dev-clean.tsv")
-    run("tokenize outputs/large/codec train.tsv -o train.tokens")
-    run("tokenize outputs/large/codec test.tsv -o dev-clean.tokens")
-    Path("dev-clean.tokens.gz").write_bytes(gzip.compress(Path("dev-clean.tokens").read_bytes()))
-    with gzip.open("phones.jsonl.gz", "wt") as lines:
-        for split in ("train", "valid", "test"):
-            manifest = Manifest.read(f"{split}.tsv")
-            for path, samples in zip(manifest.paths, manifest.num_samples, strict=True):
-                phones = ["abca"[i // 10 % 4] for i in range(samples // 160)]
-                name = utterance_id(path)
-                lines.write(json.dumps({"name": name, "phones": phones}) + "\n")
-                labels = Path("alignments", f"{name}.phn")
-                labels.parent.mkdir(parents=True, exist_ok=True)
-                starts = range(0, samples - 1599, 1600)
-                labels.write_text("".join(f"{s} {s + 1600} {'abca'[i % 4]}\n" for i, s in enumerate(starts)))
-
-
-def write_features(folder):
-    for split in ("train", "valid"):
-        write_split(Path(folder, split), [40, 30, 20, 25], dim=DIM)
-
-
-def shrunk(script, words, models, url):
-    """The overrides of a command with others behind them, for a run of two steps on one CPU."""
-    given = " ".join(words)
-    overrides = ["encoder.dim=16"]
-    if "data=demo" in given or "experiment=demo" in given:
-        overrides += [f"data.model='{models}/whisper'", "data.name=few"]
-        overrides += [] if "data.audio=" in given else ["data.audio=path/to/recordings"]
-    if script == "evaluate.py":
-        overrides += ["kmeans=[8,16]"] if "tokens=" not in given else []
-    else:
-        overrides += ["data.batch_size=4", "data.crop=16", "trainer.max_steps=2", "trainer.val_check_interval=2"]
-        overrides += [] if "logger=" in given else ["logger=none"]
-        overrides += ["data.num_workers=0", f"encoder.model='{models}/hubert'"] if "data=audio" in given else []
-        overrides += ["hydra.sweeper.n_trials=1"] if "optuna" in given else []
-        fixed = "fsq" in given or "codebook_size" in given or "optuna" in given
-        overrides += [] if fixed else ["quantizer.codebook_size=16"]
-    found = [re.sub(r"^trainer=(gpu|ddp|slurm)$", "trainer=cpu", word) for word in words]
-    found = [word.replace("launcher=slurm", "launcher=submitit_local") for word in found]
-    found = [word.replace("https://host", f"{url}/shar").replace("000099", "000003") for word in found]
-    left_out = ("trainer.num_nodes", "hydra.launcher.partition")
-    return [word for word in found if not word.startswith(left_out)] + overrides
-
-
-def run_script(script, overrides, monkeypatch):
-    """Run train.py or evaluate.py in this process, and leave nothing of Hydra's behind."""
-    handlers, level, state = logging.root.handlers[:], logging.root.level, Singleton.get_state()
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    monkeypatch.setattr(sys, "argv", [script, *overrides])
-    try:
-        runpy.run_path(str(ROOT / script), run_name="__main__")
-    except SystemExit as stop:
-        assert not stop.code, (script, overrides)
-    finally:
-        Singleton.set_state(state)
-        for handler in set(logging.root.handlers) - set(handlers):
-            handler.close()
-        logging.root.handlers[:], logging.root.level = handlers, level
-
-
-def made(pattern):
-    return {(path, path.stat().st_mtime_ns) for path in Path("outputs").rglob(pattern)}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("document", RUNS)
-def test_every_run_trains_or_evaluates(document, studio, models, served, tmp_path):  # noqa: F811
-    found = commands(document, tmp_path / "noting")
-    if not any({"extract", "hubert_large"} <= set(words) for words in found):
-        for layer in (12, 18):
-            write_features(f"features/hubert_large/l{layer}")
-    for words in found:
-        with pytest.MonkeyPatch.context() as patch:
-            if words[:2] in (["python", "train.py"], ["python", "evaluate.py"]) and words[2:] != ["--help"]:
-                pattern = {"train.py": "codec/config.json", "evaluate.py": "report.html"}[words[1]]
-                before = made(pattern)
-                run_script(words[1], shrunk(words[1], words[2:], models, served), patch)
-                assert made(pattern) - before, words
-            elif words[0] == "repcodec":
-                repcodec(words[1:], patch)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("script", sorted(path.stem for path in ROOT.glob("benchmarks/*.py")))
-def test_every_benchmark_runs(script, checkout):
-    for split in ("train", "valid", "test"):
-        write_split(Path("few", split), [400, 300, 500], dim=384)
-    command = [sys.executable, str(ROOT / "benchmarks" / f"{script}.py"), *BENCHMARKS[script].split()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"\d", done.stdout)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
-def test_scripts_help_names_their_groups(script):
-    done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0
-    assert "encoder: data2vec_base" in done.stdout
-
-
-class Reader(HTMLParser):
-    """Notes what a page loads, as against what it only links to."""
-
-    def __init__(self):
-        super().__init__()
-        self.loaded = []
-
-    def handle_starttag(self, tag, attrs):
-        values = dict(attrs)
-        if tag == "link" and values.get("rel") not in ("index", "search", "next", "prev", "canonical"):
-            self.loaded.append(values["href"])
-        self.loaded += [values[name] for name in ("src", "srcset", "data", "poster", "action") if name in values]
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    """The site as `make docs` builds it, from a copy."""
-    folder = tmp_path_factory.mktemp("site")
-    shutil.copytree(ROOT / "docs", folder / "docs", ignore=shutil.ignore_patterns("_build"))
-    for name in ("Makefile", "CHANGELOG.md", "pyproject.toml", "constraints.txt"):
-        shutil.copy(ROOT / name, folder)
-    command = ["make", "-o", f"{sys.prefix}/.installed", f"VENV={sys.prefix}", "docs"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False, cwd=folder)
-    assert done.returncode == 0, done.stdout + done.stderr
-    page = folder / "docs" / "_build" / "html"
-    assert "docs/_build/html/index.html" in done.stdout and (page / "index.html").is_file()
-    return page
-
-
-@pytest.mark.slow  # half a minute; a link to nowhere or a docstring that Sphinx cannot read is an error
-def test_site_holds_every_page_and_loads_nothing_from_elsewhere(site):
-    pages = {path.relative_to(ROOT / "docs").with_suffix(".html") for path in (ROOT / "docs").glob("**/*.md")}
-    assert all((site / page).is_file() for page in pages)
-    for path in site.rglob("*.html"):
-        reader = Reader()
-        reader.feed(path.read_text(encoding="utf-8"))
-        assert len(reader.loaded) > 5
-        for address in reader.loaded:
-            assert not re.match(r"\w+:|//", address), (path.name, address)
-    for path in [*site.rglob("*.css"), *site.rglob("*.html")]:
-        text = path.read_text(encoding="utf-8")
-        assert not re.search(r"@import|url\(\s*[\"']?(https?:)?//", text), path.name
-    reference = re.sub(r"<[^>]+>", "", (site / "api" / "index.html").read_text(encoding="utf-8"))
-    assert "RepCodec(dim: int" in reference and "from_published(path: Path | str" in reference
-    assert "usage: repcodec tokenize" in (site / "commands.html").read_text(encoding="utf-8")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
-def test_site_fits_the_screen_and_asks_no_other_host(site, width, scheme):
-    from playwright.sync_api import sync_playwright
-
-    program = next((found for name in BROWSERS if (found := shutil.which(name))), None)
-    if program is None:
-        pytest.skip("no Chromium on the PATH")
-    asked, said = [], []
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-        page.on("request", lambda request: asked.append(request.url))
-        page.on("console", lambda message: said.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: said.append(str(error)))
-        for path in sorted(site.glob("**/*.html")):
-            page.goto(path.as_uri())
-            page.wait_for_load_state()
-            assert page.evaluate("document.documentElement.scrollWidth") <= width, path.name
-            broken = "[...document.images].filter(i => i.complete && i.naturalWidth === 0).map(i => i.src)"
-            assert page.evaluate(broken) == []
-        browser.close()
-    assert len(asked) > 20 and all(address.startswith(("file:", "data:")) for address in asked)
-    assert said == []
