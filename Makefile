@@ -57,9 +57,10 @@ lint: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Anything that Sphinx warns of is an error: a link to nowhere, a docstring it cannot read.
+# Anything that Sphinx warns of is an error: a link to nowhere, a docstring it cannot read. Anew, since every page lists
+# all pages.
 docs: venv
-	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -b html docs docs/_build/html
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --fresh-env --quiet -b html docs docs/_build/html
 	@echo 'The documentation: docs/_build/html/index.html'
 
 # What you made, outputs/ and cache/, stays.

@@ -96,3 +96,32 @@ def test_installed_wheel_works_without_a_checkout(demo, tmp_path):
         "Whisper" in (tmp_path / "copy" / "README.md").read_text()
         or "whisper" in (tmp_path / "copy" / "README.md").read_text()
     )
+
+
+@pytest.mark.slow  # installs PyTorch and everything else that the package names
+def test_wheel_alone_in_an_empty_environment(demo, tmp_path):
+    """Built from the source archive that `python -m build` makes; core dependencies only, in a folder elsewhere."""
+    subprocess.run([sys.executable, "-m", "build", "--outdir", tmp_path / "built", ROOT], check=True, timeout=600)
+    (wheel,) = (tmp_path / "built").glob("*.whl")
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "empty"], check=True, timeout=300)
+    programs = tmp_path / "empty" / "bin"
+    install = [programs / "pip", "--quiet", "install", "--constraint", ROOT / "constraints.txt", wheel]
+    subprocess.run(install, check=True, timeout=1800)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def run(*words):
+        done = subprocess.run(
+            words, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "usage: repcodec" in run(programs / "repcodec", "--help")
+    expected = RepCodec.from_pretrained("outputs/demo/codec").encode(demo[None])[0, 0].tolist()
+    said = run(programs / "repcodec", "tokenize", "outputs/demo/codec", "speech.wav")
+    assert said.splitlines()[1].split("\t")[1] == " ".join(map(str, expected))
+    where = "from repcodec import RepCodec, SpeechTokenizer; import repcodec; print(repcodec.__file__)"
+    assert run(programs / "python", "-c", where).startswith(str(tmp_path / "empty"))
+    names = sorted(path.stem for path in (ROOT / "repcodec").glob("*.py"))
+    every = f"import importlib; [importlib.import_module('repcodec.' + name) for name in {names!r}]"
+    run(programs / "python", "-c", every)
