@@ -21,10 +21,11 @@ COMPARE := experiment=demo data.name=$(RUN) trainer.max_steps=$(STEPS) $(DATA) $
 .PHONY: venv demo compare test test-all lint docs clean
 venv: $(VENV)/.installed
 
-# Anything that says what to install is newer than the mark: install again.
+# Anything that says what to install is newer than the mark: install again. Python compiles what is imported when it is;
+# pip would compile everything, one file after another.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 demo: venv
@@ -47,7 +48,7 @@ compare: venv
 	  "tokenizers=['outputs/$(COMPARED)/sizes/*/codec','outputs/$(COMPARED)/residual/*/codec']" "kmeans=[$(SIZES)]" $(MEASURES)
 
 test: venv
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 25 -m 'not slow'
 
 test-all: venv
 	$(BIN)/python -m pytest

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from repcodec.errors import RepCodecError
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "8"))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "5"))
 """Files of each reader and kind of damage."""
 
 CPU_SECONDS = 20
