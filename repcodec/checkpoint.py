@@ -37,8 +37,8 @@ OPTIONS = {field.name for field in fields(Architecture)} - {"dim", "pad_to_strid
 """What `model_params` of a published training config may say."""
 
 
-MOST_YAML = 100_000
-"""Characters of a training config, at most; real ones have a few thousand."""
+MOST_YAML, MOST_DEPTH = 100_000, 100
+"""Characters of a training config, and levels of lists in it, at most; real ones have a few thousand, and three."""
 
 
 def save_folder(folder: Path | str, config: dict, tensors: "dict[str, Tensor]") -> None:
@@ -270,6 +270,24 @@ def _setting(path: Path, width: int | None) -> dict:
     return {"encoder": encoder, "layer": layer, "waveform_norm": spec.waveform_norm, **about}
 
 
+def _check_yaml(text: str) -> None:
+    """Refuse what would keep the YAML parser busy for long: no training config is like that.
+
+    Raises:
+        ValueError: it is long, deep (each level makes every later character dearer), or has aliases, which can make a
+            short file endless.
+    """
+    import yaml
+
+    if len(text) > MOST_YAML:
+        raise ValueError(f"over {MOST_YAML:,} characters")
+    depth = 0
+    for event in yaml.parse(text):  # reads on only as far as the next event
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent) or depth > MOST_DEPTH:
+            raise ValueError(f"over {MOST_DEPTH} lists in one another, or aliases in it")
+
+
 def _model_params(config: Path | str | dict) -> dict:
     """Return the options of a published training config.
 
@@ -283,9 +301,7 @@ def _model_params(config: Path | str | dict) -> dict:
     if not isinstance(config, dict):
         try:
             text = Path(config).expanduser().read_text(encoding="utf-8")
-            # Aliases can make a short file endless, and the parser is slow: no training config has them, or is long.
-            if len(text) > MOST_YAML or any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-                raise ValueError(f"over {MOST_YAML:,} characters, or aliases in it")
+            _check_yaml(text)
             loaded = yaml.safe_load(text)
         except Exception as error:  # the parser raises many kinds for values of a type that they are not of
             said = " ".join(str(error).split())[:300] or type(error).__name__

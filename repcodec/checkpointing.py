@@ -90,6 +90,11 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
+def _is_score(pair: Any) -> bool:
+    """Say whether this is the error of a validation, and its step."""
+    return isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], float) and isinstance(pair[1], int)
+
+
 def read_checkpoint(path: Path) -> Resumption:
     """Read a checkpoint of a training run.
 
@@ -106,9 +111,7 @@ def read_checkpoint(path: Path) -> Resumption:
         )
     run = contents["run"]
     best = run.get("best") if isinstance(run, dict) else None
-    pairs: list[Any] = best if isinstance(best, list) and all(isinstance(pair, tuple) for pair in best) else [()]
-    numbers = all(len(pair) == 2 and isinstance(pair[0], float) and isinstance(pair[1], int) for pair in pairs)
-    if not numbers or type(contents["global_step"]) is not int:
+    if not (isinstance(best, list) and all(map(_is_score, best))) or type(contents["global_step"]) is not int:
         raise RepCodecError(f"{path}: its state of a training is damaged (run, global_step); use another checkpoint.")
     plain_config(path, contents["codec"])
     return Resumption(path, contents)

@@ -128,6 +128,7 @@ class Shar:
             )
         self._shards = list(zip(cuts, recordings, strict=True))
         self._sizes: dict[int, int] = {}
+        self._checked: set[str] = set()  # archives: each is looked through once, not in every round
 
     def whole(self) -> CutList:
         """Read all of it into memory, encoded as it is stored: for sets that are small."""
@@ -208,7 +209,9 @@ class Shar:
         """
         manifest, archive = self._shards[shard]
         self._size(shard)  # first: lhotse takes a line, however long, into memory …
-        _check_archive(archive)  # … and a sound
+        if archive not in self._checked:  # … and a sound
+            _check_archive(archive)
+            self._checked.add(archive)
         found = 0
         for cut in _guarded(lambda: _cutset().from_shar(fields={"cuts": [manifest], "recording": [archive]}), archive):
             found += 1

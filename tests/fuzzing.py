@@ -172,6 +172,13 @@ class Reader:
     read: Callable[[Path], object]
     lies: dict[str, st.SearchStrategy[bytes]] = field(default_factory=dict)
 
+    def write(self, folder: Path, **damaged: bytes) -> None:
+        """Write the files, with other contents for those that are named."""
+        for name, whole in (self.files | damaged).items():
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(whole)
+
     @property
     def strategy(self) -> st.SearchStrategy[tuple[str, bytes]]:
         """Draw the name of a file, and what is in it now."""
@@ -204,11 +211,7 @@ def check(reader: Reader, name: str, content: bytes, folder: Path) -> None:
     It may cost `CPU_SECONDS` and `MEMORY`, leaves no file anywhere in or beside the folder, and starts nothing.
     """
     shutil.rmtree(folder, ignore_errors=True)
-    (folder / "in").mkdir(parents=True)
-    for other, whole in reader.files.items():
-        path = folder / "in" / other
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content if other == name else whole)
+    reader.write(folder / "in", **{name: content})
     before = sorted(folder.rglob("*"))
     with bounded(folder):
         try:

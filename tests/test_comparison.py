@@ -165,7 +165,6 @@ def run_evaluate(processes, splits, run_dir, *overrides):
     return json.loads((run_dir / "results.json").read_text())["rows"], done.stdout
 
 
-@pytest.mark.slow  # a minute
 def test_two_processes_find_what_one_finds(splits, tmp_path, labels):
     (tmp_path / "a.tokens").write_text(
         "/audio\n" + "".join(f"utt{i}.wav\t{' '.join(map(str, range(i, 3 * i + 9)))}\n" for i in range(5))

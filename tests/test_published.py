@@ -677,7 +677,6 @@ def test_small_files_that_would_fill_the_memory_are_refused(tmp_path, tiny, suff
             LOADERS[suffix](path)
 
 
-@pytest.mark.slow  # two minutes of one case
 @pytest.mark.parametrize(
     "text",
     [
