@@ -51,6 +51,7 @@ test: venv
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 25 -m 'not slow'
 
 test-all: venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,parity]'
 	$(BIN)/python -m pytest
 
 lint: venv

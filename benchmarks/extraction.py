@@ -24,7 +24,7 @@ import torch
 import transformers
 
 from repcodec.audio import SAMPLE_RATE
-from repcodec.demo import build_corpus
+from repcodec.demo_corpus import build_corpus
 from repcodec.demo_weights import convert_whisper_tiny_en
 from repcodec.extraction import extract
 from repcodec.manifest import Manifest, make_manifest

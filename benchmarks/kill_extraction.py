@@ -27,7 +27,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from repcodec.demo import build_corpus
+from repcodec.demo_corpus import build_corpus
 from repcodec.demo_weights import convert_whisper_tiny_en
 from repcodec.errors import RepCodecError
 from repcodec.extraction import feature_folder

@@ -101,7 +101,7 @@ def tiny_disk(tmp_path):
 @pytest.fixture(scope="session")
 def speech(tmp_path_factory):
     """Real speech: a demo corpus of a few sentences, with train.tsv, valid.tsv, test.tsv and phones.tsv."""
-    from repcodec.demo import build_corpus
+    from repcodec.demo_corpus import build_corpus
 
     folder = tmp_path_factory.mktemp("speech") / "corpus"
     build_corpus(folder, sentences={"train": 7, "valid": 2, "test": 2})

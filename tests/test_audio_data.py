@@ -15,7 +15,7 @@ import soundfile
 import torch
 from conftest import refused
 from hydra import compose, initialize_config_dir
-from test_train import equal_checkpoints, metrics, one_sentence
+from test_train import equal_checkpoints, metrics
 
 from repcodec.audio_data import AudioDataModule, SharDataset
 from repcodec.cuts import open_sounds
@@ -345,8 +345,9 @@ def test_a_corrupt_sound_in_a_worker_is_one_sentence(speech, whisper_folder, tmp
     )
     for path in manifest.paths:
         soundfile.write(tmp_path / "speech" / "audio" / path, np.zeros(500), 16_000)
-    result = process(tmp_path / "speech", whisper_folder, tmp_path / "run", "data.num_workers=1")
-    assert "500 samples at 16 kHz, but the list of sounds says" in one_sentence(result)
+    with pytest.raises(Exception) as caught:
+        run_here(tmp_path / "speech", whisper_folder, tmp_path / "run", "data.num_workers=1", "logger=none")
+    assert "500 samples at 16 kHz, but the list of sounds says" in user_message(caught.value)
 
 
 @pytest.mark.parametrize(

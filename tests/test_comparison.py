@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import DIM, refused
+from hydra import compose, initialize_config_dir
 from sklearn.cluster import KMeans
 
 from repcodec.codec import RepCodec
 from repcodec.comparison import Comparison, Plan
 from repcodec.data import ShardsDataModule
-from repcodec.demo import SPLITS
+from repcodec.demo_corpus import SPLITS
 from repcodec.evaluation import Measures
 from repcodec.extraction import extract
 from repcodec.labels import PhoneLabels
@@ -27,6 +28,7 @@ from repcodec.speech_encoders import encoder_table, load_speech_encoder
 from repcodec.tokens_evaluation import TokensFacts
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
 
 
 @pytest.fixture
@@ -154,12 +156,23 @@ def test_abx_and_probe_need_labels(splits, tmp_path):
         Comparison(plan(splits, tmp_path, measures=Measures(abx=True)))
 
 
-def run_evaluate(processes, splits, run_dir, *overrides):
+def evaluate_here(splits, run_dir, *overrides):
+    """Run evaluate.py's own function on the shipped configuration; return the rows of its results."""
+    from evaluate import compare
+
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose("evaluate", ["encoder.dim=8", f"data.dir='{splits}'", f"run_dir='{run_dir}'", *overrides])
+    compare(config)
+    return json.loads((run_dir / "results.json").read_text())["rows"]
+
+
+def two_processes(splits, run_dir, *overrides):
+    """Run evaluate.py by torchrun; return the rows of its results, and what it printed."""
     script = [str(ROOT / "evaluate.py"), "encoder.dim=8", f"data.dir='{splits}'", f"run_dir='{run_dir}'", *overrides]
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, *torchrun, *script], capture_output=True, text=True, timeout=900, check=False, env=environment
+        [*torchrun, *script], capture_output=True, text=True, timeout=900, check=False, env=environment
     )
     assert done.returncode == 0, done.stderr
     return json.loads((run_dir / "results.json").read_text())["rows"], done.stdout
@@ -173,8 +186,8 @@ def test_two_processes_find_what_one_finds(splits, tmp_path, labels):
         f"tokenizers=['{saved(tmp_path)}']", "kmeans=[5]", f"labels='{labels}'", f"tokens=['{tmp_path}/a.tokens']",
         "abx=true", "corpus=true", "speaker='spk|utt'", "codes_per_second=50",
     ]  # fmt: skip
-    one, _ = run_evaluate(1, splits, tmp_path / "one", *overrides)
-    two, said = run_evaluate(2, splits, tmp_path / "two", *overrides)
+    one = evaluate_here(splits, tmp_path / "one", *overrides)
+    two, said = two_processes(splits, tmp_path / "two", *overrides)
     assert [row["name"] for row in one] == ["RepCodec 8", "k-means 5", "a.tokens", "features"]
     assert said.count("Written to") == 1
     for first, second in zip(one, two, strict=True):
@@ -236,8 +249,8 @@ def test_two_processes_find_what_one_finds_on_speech(speech, speech_features, tm
         "encoder=whisper_tiny_en", "layer=3", "encoder.dim=384", f"tokenizers=['{speech_features}/codec']",
         f"labels='{speech}/phones.tsv'", "probe=true", "robustness=true", "wandb=tests",
     ]  # fmt: skip
-    one, _ = run_evaluate(1, speech_features, tmp_path / "one", *overrides)
-    two, _ = run_evaluate(2, speech_features, tmp_path / "two", *overrides)
+    one = evaluate_here(speech_features, tmp_path / "one", *overrides)
+    two, _ = two_processes(speech_features, tmp_path / "two", *overrides)
     assert [row["name"] for row in one] == ["RepCodec 32", "features"]
     for first, second in zip(one, two, strict=True):
         assert first["phone_error_rates"] == second["phone_error_rates"]

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from repcodec import demo_weights
 from repcodec.audio import SAMPLE_RATE
-from repcodec.demo import Speaker
+from repcodec.demo_corpus import Speaker
 from repcodec.demo_weights import convert_whisper_tiny_en, read_ctranslate2
 from repcodec.errors import RepCodecError
 from repcodec.speech_encoders import encoder_table, load_speech_encoder

@@ -78,6 +78,7 @@ LAYERS = [
         "probe",
         "robustness",
         "demo",
+        "demo_corpus",
         "demo_weights",
     },
     {"cli", "commands", "sweeps"},

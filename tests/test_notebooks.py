@@ -9,7 +9,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from repcodec.demo import SPLITS
+from repcodec.demo_corpus import SPLITS
 from repcodec.extraction import extract
 from repcodec.manifest import Manifest
 from repcodec.speech_encoders import encoder_table, load_speech_encoder

@@ -7,7 +7,7 @@ from conftest import refused
 from test_robustness import plain_distance
 
 from repcodec import probe as probe_file
-from repcodec.demo import build_corpus
+from repcodec.demo_corpus import build_corpus
 from repcodec.kmeans import KMeansTokenizer
 from repcodec.labels import PhoneLabels
 from repcodec.manifest import Manifest

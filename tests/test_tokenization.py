@@ -14,7 +14,7 @@ from repcodec.kmeans import KMeansTokenizer
 from repcodec.quantizers import EMAQuantizer
 from repcodec.shards import FeatureShards
 from repcodec.tokenization import FeatureSource, check_fits, describe, encode_shards, label, write_tokens
-from repcodec.tokens import is_finished, read_about, read_tokens
+from repcodec.tokens import LineWriter, is_finished, read_about, read_tokens
 
 LENGTHS = [9, 1, 0, 14, 6, 30, 2]
 
@@ -108,21 +108,23 @@ from repcodec import packing, tokenization
 from repcodec.tokens import LineWriter
 packing.PACK = 12
 torch.set_num_threads(1)
-torch.manual_seed(0)
-codec = RepCodec(8, codebook_size=16).eval()
+codec = RepCodec(8, codebook_size=16).float().eval()
 wait, write = float(sys.argv[3]), LineWriter.write
 LineWriter.write = lambda self, line: (write(self, line), print(flush=True), time.sleep(wait))
+codec.load_state_dict(torch.load(sys.argv[4], weights_only=True))
 source = tokenization.FeatureSource(FeatureShards(sys.argv[1]))
 tokenization.write_tokens(codec, source, tokenization.describe(codec, "hash"), sys.argv[2])
 """
 
 
-def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path):
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(codec, tmp_path, monkeypatch):
     write_split(tmp_path / "test", [20, 7, 9, 30, 2, 11, 8], num_shards=2)
-    command = [sys.executable, "-c", KILLED, str(tmp_path / "test")]
-    subprocess.run([*command, str(tmp_path / "whole"), "0"], check=True, capture_output=True)
+    monkeypatch.setattr("repcodec.packing.PACK", 12)
+    run(codec, FeatureShards(tmp_path / "test"), tmp_path / "whole")
+    torch.save(codec.state_dict(), tmp_path / "weights")
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "test"), str(tmp_path / "out"), "5", tmp_path / "weights"]
     for lines in (2, 1):
-        running = subprocess.Popen([*command, str(tmp_path / "out"), "5"], stdout=subprocess.PIPE)
+        running = subprocess.Popen(command, stdout=subprocess.PIPE)
         for _ in range(lines):
             running.stdout.readline()
         running.send_signal(signal.SIGKILL)
@@ -130,8 +132,10 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path):
         running.stdout.close()
         assert not (tmp_path / "out").exists()
     assert len((tmp_path / ".out.partial").read_text().splitlines()) == 1 + 3
-    done = subprocess.run([*command, str(tmp_path / "out"), "0"], check=True, capture_output=True)
-    assert len(done.stdout.splitlines()) == 4, "three of seven were there"
+    written, write = [], LineWriter.write
+    monkeypatch.setattr(LineWriter, "write", lambda self, line: (written.append(line), write(self, line)))
+    run(codec, FeatureShards(tmp_path / "test"), tmp_path / "out")
+    assert len(written) == 4, "three of seven were there"
     assert (tmp_path / "out").read_bytes() == (tmp_path / "whole").read_bytes()
 
 

@@ -248,8 +248,8 @@ def test_missing_checkpoint_and_diverged_run_are_one_sentence(splits, tmp_path):
 
 
 def test_missing_features_name_the_command(tmp_path):
-    result = run(tmp_path / "nowhere", tmp_path / "run")
-    assert "repcodec extract train.tsv ROOT --encoder hubert_base --layer 9" in one_sentence(result)
+    with refused("repcodec extract train.tsv ROOT --encoder hubert_base --layer 9"):
+        run_here(tmp_path / "nowhere", tmp_path / "run")
     assert not (tmp_path / "run" / "codec").exists()
 
 
