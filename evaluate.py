@@ -5,19 +5,21 @@ from contextlib import nullcontext
 from datetime import timedelta
 from glob import glob
 from pathlib import Path
+from typing import Any
 
 import hydra
 import torch.distributed as dist
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 
 from repcodec.checkpoint import read_config
 from repcodec.comparison import Comparison, Plan
 from repcodec.dashboards import WandbRun
 from repcodec.data import FeaturesDataModule
-from repcodec.errors import one_sentence
+from repcodec.errors import RepCodecError, one_sentence
 from repcodec.evaluation import Measures, rank_and_world
 from repcodec.files import locked
+from repcodec.hub import local_folder
 from repcodec.labels import PhoneLabels
 from repcodec.pipeline import usable_device
 from repcodec.quantizers import first_rank_first
@@ -26,16 +28,27 @@ from repcodec.speech_encoders import EncoderSpec
 from repcodec.tokens_evaluation import TokensFacts
 
 
+def listed(value: Any) -> list[Any]:
+    """Return a list's values, one value alone as a list of it, and nothing as an empty list."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, ListConfig) else [value]
+
+
 def compare(config: DictConfig) -> None:
     """Evaluate every tokenizer, print the table and write the report."""
     run_dir, device = Path(config.run_dir), usable_device(config.device)
     # Tokens files need no features: then tokenizers are measured too only where some are named.
-    named = [str(run_dir / "codec")] if config.tokenizers is None and not config.tokens else config.tokenizers or []
+    tokens = listed(config.tokens)
+    named = [str(run_dir / "codec")] if config.tokenizers is None and not tokens else listed(config.tokenizers)
     tokenizers = [place for pattern in named for place in sorted(glob(pattern)) or [pattern]]
-    kmeans = [1024] if config.kmeans is None and not config.tokens else config.kmeans or []
+    kmeans = [1024] if config.kmeans is None and not tokens else listed(config.kmeans)
+    for size in kmeans:
+        if type(size) is not int or size < 1:
+            raise RepCodecError(f"kmeans={size}: expected numbers of codes, as in kmeans=[500,1024].")
     for place in map(Path, tokenizers):
         if not place.is_file():
-            read_config(place)  # a misspelt folder is told before any features are made
+            read_config(local_folder(place))  # a misspelt folder is told before any features are made
     data: FeaturesDataModule | None = None
     if tokenizers or kmeans:
         EncoderSpec(**config.encoder).valid_layer(config.layer)
@@ -55,8 +68,8 @@ def compare(config: DictConfig) -> None:
         measures=Measures(config.corpus, config.abx, config.probe, config.speaker),
         robustness=config.robustness,
         tokenizers=tokenizers,
-        kmeans=list(kmeans),
-        tokens=list(config.tokens),
+        kmeans=kmeans,
+        tokens=tokens,
         facts=TokensFacts(config.manifest, config.codes_per_second, config.codebook_size),
         labels=labels,
         allow_pickle=config.allow_pickle,

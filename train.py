@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
 
 from repcodec.checkpointing import find_checkpoint
-from repcodec.errors import one_sentence
+from repcodec.errors import RepCodecError, one_sentence
 from repcodec.files import locked
 from repcodec.logs import open_logs
 from repcodec.module import CodecModule
@@ -32,8 +32,10 @@ def train(config: DictConfig) -> float:
         RepCodecError: a user's mistake; another process is training in this folder.
     """
     EncoderSpec(**config.encoder).valid_layer(config.layer)
-    L.seed_everything(config.seed, workers=True, verbose=False)
+    if not {"checkpoints", "save_codec"} <= set(config.callbacks):
+        raise RepCodecError("a run needs callbacks.checkpoints and callbacks.save_codec, or it would leave nothing.")
     data = instantiate(config.data)
+    L.seed_everything(config.seed, workers=True, verbose=False)
     module = instantiate(config.module)
     loggers = [instantiate(logger) for logger in config.logger.values()]
     callbacks = {name: instantiate(callback) for name, callback in config.callbacks.items()}
@@ -73,17 +75,16 @@ def fit(
         if callbacks["checkpoints"].stopped:
             sys.exit(143)  # as a process that SIGTERM ended
         log.info("Codec of the best validation, normalized error %.4f: %s", saved.best, saved.folder)
-    return saved.best
+    return float(saved.best)
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(config: DictConfig) -> float:
     """Run one job; a user's mistake ends in one sentence and exit code 1, or with the sweep whose job it is."""
-    # Here and not above, for the processes too in which a launcher runs a sweep's jobs.
-    # Advice about workers and intervals that do not fit batches read from a memory map.
+    # Here and not above, for a launcher's processes too. Advice that does not fit batches read from a memory map:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*number of training batches.*")
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own use of what torch gives up
     # Which devices there are and which products to try.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     if in_sweep():

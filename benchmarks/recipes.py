@@ -12,7 +12,6 @@ the whole corpus (all three splits) uses at the end.
 """
 
 import argparse
-import csv
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from pathlib import Path
 import torch
 
 from repcodec.codec import RepCodec
+from repcodec.logs import read_validations
 from repcodec.packing import encode_packed
 from repcodec.shards import FeatureShards
 
@@ -89,10 +89,7 @@ def train(args: argparse.Namespace, overrides: list[str], seed: int, folder: Pat
 
 def curve(folder: Path) -> dict[int, float]:
     """Return the validation error at each step."""
-    (path,) = folder.rglob("metrics.csv")
-    with open(path, encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row.get("valid/normalized_error")]
-    return {int(row["step"]): float(row["valid/normalized_error"]) for row in rows}
+    return {int(row["step"]): row["valid/normalized_error"] for row in read_validations(folder / "validations.csv")}
 
 
 def codes_used(folder: Path, features: Path) -> float:

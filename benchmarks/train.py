@@ -190,7 +190,7 @@ def our_steps(
     compiled: bool = False,
 ) -> None:
     """Train as `train.py` does, in the published recipe; `between` as in `plain_steps`."""
-    warnings.filterwarnings("ignore")
+    warnings.filterwarnings("ignore")  # as to workers, intervals and a missing validation, in every round again
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     L.seed_everything(0, verbose=False)
     constant = partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda step: 1.0)

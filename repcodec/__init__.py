@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 __all__ = ["RepCodec", "SpeechTokenizer"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> "type[RepCodec] | type[SpeechTokenizer]":
     """Import the classes only when they are asked for: `import repcodec` stays light."""
     if name == "RepCodec":
         from repcodec.codec import RepCodec

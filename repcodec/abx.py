@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import IO
 
 import numpy as np
+import numpy.typing as npt
 
 from repcodec.abx_items import AbxItems, Kind, group_keys, groups_of, item_frames
 from repcodec.alignment import Distance, frame_distances, token_distances
@@ -73,7 +74,7 @@ class AbxSums:
         without_frames: those left out because no frame has its centre in them.
     """
 
-    table: np.ndarray
+    table: npt.NDArray[np.int64]
     items: AbxItems
     without_frames: int
 
@@ -104,7 +105,7 @@ class AbxSums:
 
 
 def abx_errors(
-    items: AbxItems, frames: Callable[[int], np.ndarray], frame_rate: float, distance: Distance
+    items: AbxItems, frames: Callable[[int], npt.NDArray[np.number]], frame_rate: float, distance: Distance
 ) -> AbxErrors:
     """Return the ABX errors of features or codes; see `abx_sums`."""
     return abx_sums(items, frames, frame_rate, distance).errors()
@@ -112,7 +113,7 @@ def abx_errors(
 
 def abx_sums(
     items: AbxItems,
-    frames: Callable[[int], np.ndarray],
+    frames: Callable[[int], npt.NDArray[np.number]],
     frame_rate: float,
     distance: Distance,
     rank: int = 0,
@@ -160,7 +161,12 @@ class _Stored:
     """
 
     def __init__(
-        self, items: AbxItems, frames: Callable[[int], np.ndarray], frame_rate: float, distance: Distance, file: IO
+        self,
+        items: AbxItems,
+        frames: Callable[[int], npt.NDArray[np.number]],
+        frame_rate: float,
+        distance: Distance,
+        file: IO[bytes],
     ):
         tokens = items.tokens
         dtype = np.dtype(np.float32 if distance == "angular" else np.int32)
@@ -193,14 +199,16 @@ class _Stored:
         self.first, self.unit = groups_of(self.tokens)
         self.size = np.diff(self.first, append=len(self.tokens))
 
-    def frames(self, tokens: np.ndarray) -> np.ndarray:
+    def frames(self, tokens: npt.NDArray[np.intp]) -> npt.NDArray[np.number]:
         """Return the (F, W) frames of tokens, one after the other."""
-        return self._frames[_ranges(self._offset[tokens], self.length[tokens])]
+        frames: npt.NDArray[np.number] = self._frames[_ranges(self._offset[tokens], self.length[tokens])]
+        return frames
 
 
-def _ranges(first: np.ndarray, length: np.ndarray) -> np.ndarray:
+def _ranges(first: npt.NDArray[np.integer], length: npt.NDArray[np.integer]) -> npt.NDArray[np.intp]:
     """Return first, first + 1, … of each range, one range after the other."""
-    return np.arange(length.sum()) + np.repeat(first - np.cumsum(length) + length, length)
+    ranges: npt.NDArray[np.intp] = np.arange(length.sum()) + np.repeat(first - np.cumsum(length) + length, length)
+    return ranges
 
 
 @dataclass(frozen=True)
@@ -216,10 +224,10 @@ class _Block:
     """
 
     groups: tuple[int, int]
-    columns: np.ndarray
-    rows: np.ndarray
-    group_x: np.ndarray
-    group_a: np.ndarray
+    columns: npt.NDArray[np.intp]
+    rows: npt.NDArray[np.intp]
+    group_x: npt.NDArray[np.intp]
+    group_a: npt.NDArray[np.intp]
     num_distances: int
 
 
@@ -299,7 +307,7 @@ class _Tally:
         self._errors = np.zeros((2, num_phones, num_phones))
         self._cells, self._triples = np.zeros((2, *self._errors.shape), dtype=np.int64)
 
-    def add(self, block: _Block, distances: np.ndarray, stored: _Stored) -> None:
+    def add(self, block: _Block, distances: npt.NDArray[np.float64], stored: _Stored) -> None:
         """Add a block: distances of its rows X to its columns, A and B."""
         speaker = stored.tokens["speaker"][block.columns[0]]
         if speaker != self._speaker:

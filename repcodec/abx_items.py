@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from repcodec.labels import SILENCES, PhoneLabels
 
@@ -52,7 +53,7 @@ class AbxItems:
         seed: of the draws.
     """
 
-    tokens: np.ndarray
+    tokens: npt.NDArray[np.void]
     phones: Sequence[str]
     utterances: Sequence[str]
     num_speakers: int
@@ -93,7 +94,7 @@ def abx_items(
     silent = np.array([phone.casefold() in SILENCES for phone in labels.phones], dtype=bool)
     names, indices = np.unique(np.asarray(speakers, dtype=str), return_inverse=True)
     lots = np.array([_lot(seed, utterance) for utterance in utterances], dtype=np.uint64)
-    by_kind: dict[Kind, list[np.ndarray]] = {"phone": [np.zeros(0, TOKEN)], "triphone": [np.zeros(0, TOKEN)]}
+    by_kind: dict[Kind, list[npt.NDArray[np.void]]] = {"phone": [np.zeros(0, TOKEN)], "triphone": [np.zeros(0, TOKEN)]}
     found = drawn = 0
     for number in np.argsort(lots, kind="stable"):
         if found >= MAX_PHONES:
@@ -130,8 +131,10 @@ def _lot(seed: int, utterance: str) -> int:
 
 
 def _utterance_tokens(
-    segments: tuple[np.ndarray, np.ndarray, np.ndarray], silent: np.ndarray, lot: int
-) -> dict[Kind, np.ndarray]:
+    segments: tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.int64]],
+    silent: npt.NDArray[np.bool],
+    lot: int,
+) -> dict[Kind, npt.NDArray[np.void]]:
     """Make the tokens of both kinds of one utterance, from its segments; utterance and speaker are left open."""
     starts, ends, phones = segments
     tokens = np.zeros(len(phones), TOKEN)
@@ -147,19 +150,21 @@ def _utterance_tokens(
     return {"phone": tokens[spoken], "triphone": triphones[inner]}
 
 
-def group_keys(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def group_keys(
+    tokens: npt.NDArray[np.void],
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Return what the tokens of a group share, the last the one to sort by first."""
     return tokens["phone"], tokens["context"], tokens["speaker"]
 
 
-def groups_of(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def groups_of(tokens: npt.NDArray[np.void]) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
     """Return where each group begins among sorted tokens, and which group is the first of each speaker and context."""
     phone, context, speaker = (np.diff(key, prepend=-1) != 0 for key in group_keys(tokens))
     first = np.flatnonzero(phone | context | speaker)
     return first, np.flatnonzero((context | speaker)[first])
 
 
-def _num_pairs(tokens: np.ndarray) -> int:
+def _num_pairs(tokens: npt.NDArray[np.void]) -> int:
     """Return how many ordered pairs of phones have a cell within speakers."""
     tokens = tokens[np.lexsort(group_keys(tokens))]
     first, unit = groups_of(tokens)
@@ -171,7 +176,9 @@ def _num_pairs(tokens: np.ndarray) -> int:
     return int(seen.sum())
 
 
-def item_frames(start: np.ndarray, end: np.ndarray, frame_rate: float) -> tuple[np.ndarray, np.ndarray]:
+def item_frames(
+    start: npt.NDArray[np.float64], end: npt.NDArray[np.float64], frame_rate: float
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Return which frames have their centre in an item, its ends included, as in ABXpy and fastabx.
 
     Args:

@@ -6,6 +6,7 @@ Letters: F frames, W width (D features or K codebooks), M pairs of tokens.
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 ANGLE_UNITS = 2**22
 """Units in an angle of π, 7.5e-7 rad each. Angles are whole units so that what is equal is equal: in which order a
@@ -17,23 +18,34 @@ PAIRS = 2**14
 Distance = Literal["angular", "different"]
 
 
-def frame_distances(x: np.ndarray, y: np.ndarray, distance: Distance) -> np.ndarray:
+def frame_distances(
+    x: npt.NDArray[np.number], y: npt.NDArray[np.number], distance: Distance
+) -> npt.NDArray[np.float32]:
     """Compare all frames (F, W) with all frames (F', W); return (F, F') float32 whole numbers.
 
     "angular": the angle, of which π has `ANGLE_UNITS` units; a vector of zeros is at a right angle to all.
     "different": the number of codebooks whose codes differ.
     """
     if distance == "different":
-        return sum((a[:, None] != b).astype(np.float32) for a, b in zip(x.T, y.T, strict=True))
-    x, y = x.astype(np.float64), y.astype(np.float64)
-    for vectors in (x, y):
+        differing: npt.NDArray[np.float32] = sum(
+            (a[:, None] != b).astype(np.float32) for a, b in zip(x.T, y.T, strict=True)
+        )
+        return differing
+    one, other = x.astype(np.float64), y.astype(np.float64)
+    for vectors in (one, other):
         norm = np.linalg.norm(vectors, axis=1, keepdims=True)
         vectors /= np.where(norm == 0, 1, norm)
-    angles = np.arccos((x @ y.T).clip(-1, 1))
-    return np.rint(angles * (ANGLE_UNITS / np.pi)).astype(np.float32)
+    angles = np.arccos((one @ other.T).clip(-1, 1))
+    units: npt.NDArray[np.float32] = np.rint(angles * (ANGLE_UNITS / np.pi)).astype(np.float32)
+    return units
 
 
-def token_distances(lattice: np.ndarray, corner: np.ndarray, stride: np.ndarray, shape: np.ndarray) -> np.ndarray:
+def token_distances(
+    lattice: npt.NDArray[np.floating],
+    corner: npt.NDArray[np.integer],
+    stride: npt.NDArray[np.integer],
+    shape: npt.NDArray[np.integer],
+) -> npt.NDArray[np.float64]:
     """Align pairs of tokens by dynamic time warping.
 
     The path goes from the first frames of both to the last by steps of one frame of X, of Y or of both, its sum of
@@ -56,7 +68,13 @@ def token_distances(lattice: np.ndarray, corner: np.ndarray, stride: np.ndarray,
     return means
 
 
-def _align(lattice: np.ndarray, corner: np.ndarray, stride: np.ndarray, num_x: np.ndarray, num_y: int) -> np.ndarray:
+def _align(
+    lattice: npt.NDArray[np.floating],
+    corner: npt.NDArray[np.integer],
+    stride: npt.NDArray[np.integer],
+    num_x: npt.NDArray[np.integer],
+    num_y: int,
+) -> npt.NDArray[np.float64]:
     """Align pairs of tokens, the Y all of num_y frames, the longest X first; see `token_distances`."""
     means = np.empty(len(corner))
     # Of the best path to frames i - 1 and i of X and all frames of Y: sum of distances, steps.

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from repcodec.errors import RepCodecError
 from repcodec.files import walk_files
@@ -21,7 +22,7 @@ SAMPLES_A_BYTE = 20_000
 """More than any format packs, silence included: a header that says more lies or, as in a streamed FLAC, knows not."""
 
 
-def read_audio(path: Path | str) -> np.ndarray:
+def read_audio(path: Path | str) -> npt.NDArray[np.float32]:
     """Read a sound file.
 
     Several channels are averaged; another sampling rate is converted by soxr at its "HQ" quality.
@@ -39,7 +40,7 @@ def read_audio(path: Path | str) -> np.ndarray:
     return to_mono_16khz(samples, rate, str(path))
 
 
-def to_mono_16khz(samples: np.ndarray, rate: int, source: str) -> np.ndarray:
+def to_mono_16khz(samples: npt.NDArray[np.floating], rate: int, source: str) -> npt.NDArray[np.float32]:
     """Average the channels of (S', channels) samples at `rate` hertz and convert them to 16 kHz.
 
     Args:
@@ -73,7 +74,7 @@ def check_rate(rate: int, source: Path | str) -> None:
         )
 
 
-def resample(samples: np.ndarray, rate: int) -> np.ndarray:
+def resample(samples: npt.NDArray[np.floating], rate: int) -> npt.NDArray[np.float32]:
     """Convert a (S,) waveform from `rate` hertz to 16 kHz; returns float32."""
     import soxr
 
@@ -149,7 +150,7 @@ def _check_announced(path: Path | str, num_samples: int) -> None:
         )
 
 
-def _decode(path: Path | str) -> tuple[np.ndarray, int]:
+def _decode(path: Path | str) -> tuple[npt.NDArray[np.float32], int]:
     """Return (S', channels) float32 samples and their rate in hertz."""
     import soundfile
 
@@ -184,7 +185,7 @@ def _is_bare_mp3(path: Path | str, kind: str) -> bool:
     return not any(mark in first_frame for mark in (b"Xing", b"Info", b"VBRI"))
 
 
-def _decode_with_av(path: Path | str, kind: str) -> tuple[np.ndarray, int]:
+def _decode_with_av(path: Path | str, kind: str) -> tuple[npt.NDArray[np.float32], int]:
     """Return (S', channels) float32 samples of FFmpeg's format "mov" or "mp3" and their rate in hertz."""
     try:
         import av

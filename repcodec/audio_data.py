@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, get_worker_info
@@ -46,7 +47,7 @@ class SoundBatch(NamedTuple):
     num_frames: int
 
     @classmethod
-    def of(cls, rows: Sequence[tuple[np.ndarray, int, int]], num_frames: int) -> "SoundBatch":
+    def of(cls, rows: Sequence[tuple[npt.NDArray[np.float32], int, int]], num_frames: int) -> "SoundBatch":
         """Join (waveform, first frame, utterance) of each row."""
         waveforms, starts, utterances = zip(*rows, strict=True)
         lengths = torch.tensor([len(waveform) for waveform in waveforms])
@@ -70,13 +71,21 @@ class SoundFeatures:
     """
 
     def __init__(
-        self, sounds: SoundList, source: str, spec: EncoderSpec, layer: int, encode: Callable[[list], list], frames_of
+        self,
+        sounds: SoundList,
+        source: str,
+        spec: EncoderSpec,
+        layer: int,
+        encode: Callable[[list[Tensor]], list[Tensor]],
+        frames_of: Callable[[int], int],
+        weights_sha256: str,
     ):
         """Take the list, what messages call it, and what its features are.
 
         Args:
             encode: waveforms (S,) -> features (T, D).
             frames_of: samples -> frames.
+            weights_sha256: hash of the speech encoder's weights.
 
         Raises:
             RepCodecError: no utterance is long enough for one frame.
@@ -84,7 +93,7 @@ class SoundFeatures:
         self.sounds, self.folder, self._encode = sounds, source, encode
         self.names, self.ids, self.root = list(sounds.paths), sounds.ids, str(sounds.root)
         self.dim, self.frame_rate = spec.dim, spec.frame_rate
-        self._source = spec.name, layer
+        self._source, self._weights_sha256 = (spec.name, layer), weights_sha256
         self.lengths = np.array([frames_of(samples) for samples in sounds.num_samples])
         if self.lengths.sum() == 0:
             raise RepCodecError(f"{source}: no sound is long enough for one frame.")
@@ -97,6 +106,15 @@ class SoundFeatures:
         """Hash of the list."""
         return self.sounds.sha256()
 
+    @property
+    def stamp(self) -> list[list[str | int]]:
+        """What tells these features from others of the same name: the list of sounds, and the encoder's weights."""
+        return [[self.manifest_sha256, self._weights_sha256]]
+
+    def waveform(self, utterance: int) -> npt.NDArray[np.float32]:
+        """Return the (S,) samples of an utterance at 16 kHz."""
+        return self.sounds.waveform(utterance)
+
     def check_source(self, encoder: str | None, layer: int | None) -> None:
         """Refuse another speech encoder or layer; see `repcodec.shards.check_source`."""
         check_source(self.folder, self._source, (encoder, layer))
@@ -105,11 +123,14 @@ class SoundFeatures:
         """Say in words which utterance this is, for messages."""
         return f"{self.folder}, {self.names[utterance]}"
 
-    def read(self, utterance: int) -> np.ndarray:
+    def read(self, utterance: int) -> npt.NDArray[np.float32]:
         """Return the (T, D) float32 features of an utterance."""
-        return self._encode([torch.from_numpy(self.sounds.waveform(utterance))])[0].cpu().numpy()
+        features: npt.NDArray[np.float32] = (
+            self._encode([torch.from_numpy(self.sounds.waveform(utterance))])[0].cpu().numpy()
+        )
+        return features
 
-    def sample(self, num_frames: int) -> np.ndarray:
+    def sample(self, num_frames: int) -> npt.NDArray[np.float32]:
         """Return at most `num_frames` frames: all of them when there are no more.
 
         Otherwise those of utterances evenly spaced over all, of a long one only `STRETCH` seconds in its middle.
@@ -133,7 +154,7 @@ class SoundFeatures:
         return np.concatenate(parts)[:num_frames]
 
 
-class SoundDataset(Dataset):
+class SoundDataset(Dataset[SoundBatch]):
     """A split's sounds; an item is a whole batch, asked for by (utterance, first frame) pairs.
 
     Args:
@@ -148,7 +169,7 @@ class SoundDataset(Dataset):
         return SoundBatch.of(rows, self.num_frames)
 
 
-class SharDataset(Dataset):
+class SharDataset(Dataset[SoundBatch]):
     """Random crops of cuts that are read as a stream; an item is a whole batch, asked for by its number.
 
     Batch number n of a rank is a function of n, the seed and the number of ranks alone. Each worker reads past the
@@ -192,7 +213,7 @@ class SharDataset(Dataset):
         return self.shar.stream(self.seed, number * self.world_size * self.batch_size, wanted)
 
 
-class EndlessSampler(Sampler):
+class EndlessSampler(Sampler[int]):
     """Batch numbers from `position` on; the one epoch has no end."""
 
     def __init__(self) -> None:
@@ -214,13 +235,13 @@ class AudioDataModule(FeaturesDataModule):
     def __init__(
         self,
         *,
-        train: str | Mapping | None,
-        valid: str | Mapping | None,
-        test: str | Mapping | None,
-        encoder: Mapping,
+        train: str | Mapping[str, str | Sequence[str]] | None,
+        valid: str | Mapping[str, str | Sequence[str]] | None,
+        test: str | Mapping[str, str | Sequence[str]] | None,
+        encoder: Mapping[str, Any],
         layer: int,
         batch_seconds: float = BATCH_SECONDS,
-        **options,
+        **options: Any,
     ):
         """Say where the sounds are; nothing is opened yet.
 
@@ -249,13 +270,18 @@ class AudioDataModule(FeaturesDataModule):
         return load_speech_encoder(self.spec, self.layer).to(device)
 
     @property
-    def about_features(self) -> dict:
+    def about_features(self) -> dict[str, Any]:
         """What config.json says of the features besides encoder and layer; see `FeaturesDataModule`."""
         return {
             "waveform_norm": self.spec.waveform_norm,
             "encoder_model": found_at(self.spec.model),
             "encoder_sha256": self.speech_encoder.weights_sha256,
         }
+
+    @property
+    def train_ids(self) -> Sequence[str] | None:
+        """See `FeaturesDataModule`; a Shar's batches are numbered by their places in an endless stream."""
+        return None if isinstance(self._train, Shar) else super().train_ids
 
     def has_split(self, name: str) -> bool:
         """Say whether sounds are given for a split."""
@@ -280,7 +306,8 @@ class AudioDataModule(FeaturesDataModule):
         frames_of = self.speech_encoder.num_frames
         if isinstance(sounds, Shar):
             sounds = sounds.sample(self.seed, SAMPLE_FRAMES, frames_of) if name == "train" else sounds.whole()
-        return SoundFeatures(sounds, str(self.sources[name]), self.spec, self.layer, self.encode, frames_of)
+        weights = self.speech_encoder.weights_sha256
+        return SoundFeatures(sounds, str(self.sources[name]), self.spec, self.layer, self.encode, frames_of, weights)
 
     def encode(self, waveforms: Sequence[Tensor]) -> list[Tensor]:
         """Waveforms (S,) at 16 kHz -> features (T, D) of each, on the speech encoder's device."""
@@ -322,7 +349,7 @@ class AudioDataModule(FeaturesDataModule):
             )
         return self.features_of(batch)
 
-    def dataset(self, split: SoundFeatures, num_frames: int | None) -> Dataset:
+    def dataset(self, split: SoundFeatures, num_frames: int | None) -> Dataset[SoundBatch]:
         """Return a dataset whose items are `SoundBatch`es."""
         return SoundDataset(split.sounds, num_frames)
 
@@ -339,11 +366,11 @@ class AudioDataModule(FeaturesDataModule):
         """Return the whole utterances of the training split, in random order, as features."""
         return map(self.features_of, super().start_batches())
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """Return which speech encoder the features are of, for the checkpoint."""
         return {"encoder": self.encoder, "layer": self.layer, "weights_sha256": self.speech_encoder.weights_sha256}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Refuse a checkpoint that was trained on features of another speech encoder or layer.
 
         Raises:

@@ -3,12 +3,14 @@
 import math
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
+from repcodec.checkpointing import MONITOR, of_this_run
 from repcodec.codec import RepCodec
 from repcodec.data import FeaturesDataModule
 from repcodec.module import CodecModule
@@ -112,15 +114,13 @@ class SaveCodec(L.Callback):
     Every checkpoint describes its codec too, under "codec", for `RepCodec.from_lightning`.
     """
 
-    def __init__(
-        self, folder: str, encoder: str, layer: int, frame_rate: float, monitor: str = "valid/normalized_error"
-    ):
+    def __init__(self, folder: str, encoder: str, layer: int, frame_rate: float):
         """Take the folder, and what config.json says of the features: speech encoder, layer, frames per second.
 
         The data adds what it knows of the speech encoder, and a validation its figures.
         """
-        self.folder, self.monitor = Path(folder), monitor
-        self.about: dict = {
+        self.folder = Path(folder)
+        self.about: dict[str, Any] = {
             "encoder": encoder,
             "layer": layer,
             "frame_rate": frame_rate,
@@ -132,13 +132,15 @@ class SaveCodec(L.Callback):
         """Note what the data knows of the features, and whether the codec, which has its start by now, scales them."""
         assert isinstance(module, CodecModule)
         codec = module.codec
+        if not of_this_run(trainer, self.folder):
+            self.best = float("inf")
         self.about |= trainer.datamodule.about_features  # type: ignore[attr-defined]  # see CodecStart
         self.about["feature_norm"] = bool((codec.feature_mean != 0).any() or codec.feature_scale != 1)
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Save when this validation is the best so far."""
         assert isinstance(module, CodecModule)
-        error = trainer.callback_metrics.get(self.monitor)
+        error = trainer.callback_metrics.get(MONITOR)
         if trainer.global_step == 0 or error is None or not float(error) < self.best:
             return
         self.best = float(error)
@@ -153,16 +155,16 @@ class SaveCodec(L.Callback):
             measured = {"step": trainer.global_step, "figures": figures, "measured_on": data.describe_valid()}
             module.codec.save_pretrained(self.folder, {**self.about, **measured})
 
-    def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict) -> None:
+    def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Let the checkpoint say what codec it holds, in plain values."""
         assert isinstance(module, CodecModule)
         checkpoint["codec"] = {**module.codec.config(), **self.about}
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """Return the best error so far, for the checkpoint."""
         return {"best": self.best}
 
-    def load_state_dict(self, state_dict: dict) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on comparing with a checkpoint's best."""
         self.best = state_dict["best"]
 
@@ -170,7 +172,7 @@ class SaveCodec(L.Callback):
 class StepProgress(ProgressBar):
     """One bar over all steps of the training; Lightning's own begins anew every epoch, which may be seconds."""
 
-    _bar: tqdm | None = None
+    _bar: "tqdm[Any] | None" = None
 
     def disable(self) -> None:
         """Show nothing; Lightning calls this on all ranks but the first."""
@@ -182,7 +184,7 @@ class StepProgress(ProgressBar):
         if self._bar is None:
             self._bar = tqdm(total=trainer.max_steps, initial=trainer.global_step, desc="Training", unit="step")
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: Any) -> None:
         """Move the bar to the optimizer's step."""
         assert self._bar is not None
         if trainer.global_step > self._bar.n:

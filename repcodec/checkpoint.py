@@ -41,7 +41,7 @@ MOST_YAML, MOST_DEPTH = 100_000, 100
 """Characters of a training config, and levels of lists in it, at most; real ones have a few thousand, and three."""
 
 
-def save_folder(folder: Path | str, config: dict, tensors: "dict[str, Tensor]") -> None:
+def save_folder(folder: Path | str, config: dict[str, Any], tensors: "dict[str, Tensor]") -> None:
     """Write model.safetensors, the model card README.md, and config.json, each whole or not at all and in this order.
 
     config.json holds the weights' hash, so that a kill in between leaves nothing that looks finished.
@@ -64,7 +64,7 @@ def save_folder(folder: Path | str, config: dict, tensors: "dict[str, Tensor]") 
             file.write("\n")
 
 
-def read_config(folder: Path | str) -> dict:
+def read_config(folder: Path | str) -> dict[str, Any]:
     """Read the config.json of a saved folder.
 
     Raises:
@@ -72,7 +72,7 @@ def read_config(folder: Path | str) -> dict:
     """
     path = Path(folder) / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         kind = config["kind"]
     except FileNotFoundError as error:
         raise RepCodecError(
@@ -123,7 +123,9 @@ def load_tensors(folder: Path | str, module: "nn.Module") -> None:
         ) from error
 
 
-def read_published(path: Path | str, config: Path | str | dict | None = None) -> "tuple[dict, dict[str, Tensor]]":
+def read_published(
+    path: Path | str, config: Path | str | dict[str, Any] | None = None
+) -> "tuple[dict[str, Any], dict[str, Tensor]]":
     """Read a codec in the published format, a .pkl file.
 
     Args:
@@ -179,7 +181,7 @@ def read_published(path: Path | str, config: Path | str | dict | None = None) ->
     return {"kind": "repcodec", **shape.options(), **books, "quantizer": quantizer, **about}, tensors
 
 
-def read_lightning(path: Path | str) -> "tuple[dict, dict[str, Tensor]]":
+def read_lightning(path: Path | str) -> "tuple[dict[str, Any], dict[str, Tensor]]":
     """Read the codec of a Lightning checkpoint that train.py made, a .ckpt file.
 
     Returns:
@@ -235,7 +237,7 @@ def fill(module: "nn.Module", tensors: "dict[str, Tensor]", source: Path | str) 
     module.load_state_dict(copies, assign=True)
 
 
-def _check_names(source: Path | str, found: dict, expected: dict, advice: str) -> None:
+def _check_names(source: Path | str, found: dict[Any, Any], expected: dict[str, Any], advice: str) -> None:
     """Refuse tensors whose names are not those expected.
 
     Raises:
@@ -248,7 +250,7 @@ def _check_names(source: Path | str, found: dict, expected: dict, advice: str) -
         raise RepCodecError(f"{source}: its tensors are not those of the architecture ({'; '.join(parts)}): {advice}.")
 
 
-def _setting(path: Path, width: int | None) -> dict:
+def _setting(path: Path, width: int | None) -> dict[str, Any]:
     """Return what config.json says of a published file besides its architecture: where the features are from.
 
     Raises:
@@ -288,7 +290,7 @@ def _check_yaml(text: str) -> None:
             raise ValueError(f"over {MOST_DEPTH} lists in one another, or aliases in it")
 
 
-def _model_params(config: Path | str | dict) -> dict:
+def _model_params(config: Path | str | dict[str, Any]) -> dict[str, Any]:
     """Return the options of a published training config.
 
     Raises:

@@ -18,11 +18,11 @@ import lightning as L
 import numpy as np
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerStatus
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only
 
 from repcodec.codec import RepCodec
 from repcodec.errors import RepCodecError
@@ -30,6 +30,9 @@ from repcodec.files import atomic_write
 from repcodec.module import CodecModule
 from repcodec.pickles import plain_config, read_pickle
 from repcodec.quantizers import sum_over_ranks
+
+MONITOR = "valid/normalized_error"
+"""The figure, lower is better, by which the best checkpoint and the saved codec are chosen."""
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 """Files in the checkpoints/ folder of a run."""
@@ -50,12 +53,13 @@ class Resumption:
     """
 
     path: Path
-    contents: dict
+    contents: dict[str, Any]
 
     @property
     def step(self) -> int:
         """Optimizer steps taken."""
-        return self.contents["global_step"]
+        step: int = self.contents["global_step"]
+        return step
 
     @property
     def best(self) -> float:
@@ -158,7 +162,9 @@ def find_checkpoint(ckpt_path: str | None, folder: Path) -> Resumption | None:
 class WholeCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint whole or not at all; of last.ckpt, the one that it replaces stays as previous.ckpt."""
 
-    def save_checkpoint(self, checkpoint: dict, path: str | os.PathLike, storage_options: Any = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
+    ) -> None:
         """Write a checkpoint; Lightning calls this on the first rank alone.
 
         Raises:
@@ -176,6 +182,12 @@ class WholeCheckpointIO(TorchCheckpointIO):
                 os.replace(path, path.with_name(PREVIOUS))
 
 
+def of_this_run(trainer: L.Trainer, folder: Path) -> bool:
+    """Say whether training goes on with a checkpoint of the run that `folder` is part of; else no best is its own."""
+    start = trainer.ckpt_path
+    return start is not None and Path(start).resolve().parents[1] == folder.resolve().parent
+
+
 class Checkpoints(Checkpoint):
     """Saves after every validation, at the end, and when a signal stops the run, which then goes on as if it never had.
 
@@ -190,20 +202,20 @@ class Checkpoints(Checkpoint):
     being taken, on all ranks together; SLURM then queues the job again.
     """
 
-    def __init__(self, folder: str, keep_best: int = 1, monitor: str = "valid/normalized_error"):
-        """Take where checkpoints lie, how many of the best are kept, and the figure, lower is better, of which.
+    def __init__(self, folder: str, keep_best: int = 1):
+        """Take where checkpoints lie, and how many of the best are kept, by `MONITOR`.
 
         Raises:
             RepCodecError: `keep_best` is below 1.
         """
         if keep_best < 1:
             raise RepCodecError(f"callbacks.checkpoints.keep_best={keep_best}: expected at least 1.")
-        self.folder, self.keep_best, self.monitor = Path(folder), keep_best, monitor
+        self.folder, self.keep_best = Path(folder), keep_best
         self.best: list[tuple[float, int]] = []  # (error, step), best first
         self.stopped = False
         self._saved_at = 0
         self._signalled = 0
-        self._loaded: dict | None = None
+        self._loaded: dict[str, Any] | None = None
 
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         """Have checkpoints written whole."""
@@ -218,6 +230,8 @@ class Checkpoints(Checkpoint):
             counts = self._loaded["train_usage"].to(module.device)
             module.train_usage.counts = counts if trainer.is_global_zero else torch.zeros_like(counts)
             self._loaded = None
+        if not of_this_run(trainer, self.folder):
+            self.best = []
         if trainer.is_global_zero:
             for partial in self.folder.glob(".*.partial-*"):  # of a run that was killed as it wrote
                 partial.unlink(missing_ok=True)
@@ -246,7 +260,7 @@ class Checkpoints(Checkpoint):
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Save, after a validation in between or at the end; not at step 0."""
         if trainer.global_step > 0 and _between_steps(trainer):
-            self._save(trainer, trainer.callback_metrics.get(self.monitor))
+            self._save(trainer, trainer.callback_metrics.get(MONITOR))
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Save what the last steps made, and say so when a signal ended them."""
@@ -257,7 +271,7 @@ class Checkpoints(Checkpoint):
             if self._signalled == REQUEUE:
                 _requeue()
 
-    def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict) -> None:
+    def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add what Lightning's own state lacks; on all ranks, since each has its part."""
         assert isinstance(module, CodecModule)
         states: list[Any] = [random_state(module.device)] * trainer.world_size
@@ -269,7 +283,7 @@ class Checkpoints(Checkpoint):
         under_way = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
         checkpoint["loops"]["fit_loop"]["epoch_progress"] = {"total": dict(under_way), "current": dict(under_way)}
 
-    def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict) -> None:
+    def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take it back; random states only when the training starts, after all that draws random numbers before."""
         self._loaded = checkpoint["run"]
         self.best = self._loaded["best"]
@@ -328,7 +342,7 @@ def _requeue() -> None:
         log.warning("SLURM job %s could not be queued again (%s): start it again yourself.", job, said.strip())
 
 
-def random_state(device: torch.device) -> dict:
+def random_state(device: torch.device) -> dict[str, Any]:
     """Return the states of all random number generators of this process, as plain values and tensors."""
     numpy_state = np.random.get_state(legacy=False)
     keys = numpy_state["state"] | {"key": numpy_state["state"]["key"].tolist()}
@@ -336,7 +350,7 @@ def random_state(device: torch.device) -> dict:
     return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 
-def set_random_state(state: dict) -> None:
+def set_random_state(state: dict[str, Any]) -> None:
     """Put the generators of this process into the states that `random_state` returned."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])

@@ -6,9 +6,10 @@ codes (B, K, T / stride).
 Source: RepCodec: A Speech Representation Codec for Speech Tokenization (Huang et al., 2023).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,9 @@ class CodecOutput:
 class _Unset(TorchFunctionMode):
     """Draws no random numbers for weights that are about to be loaded; the meta device would load 80 MB of code."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func in (nn.init.kaiming_uniform_, Tensor.uniform_, Tensor.normal_):
             return args[0] if args else kwargs["tensor"]
@@ -97,7 +100,7 @@ class RepCodec(nn.Module):
         if quantizer.dim != shape.code_dim:
             raise ValueError(f"the quantizer has width {quantizer.dim}, code_dim is {shape.code_dim}")
         self.dim, self.output_dim, self.quantizer = shape.input_channels, shape.output_channels, quantizer
-        self.about: dict = {}
+        self.about: dict[str, Any] = {}
         self.encoder, self.decoder = EncoderStack(shape), DecoderStack(shape)
         self.register_buffer("feature_mean", torch.zeros(shape.input_channels))
         self.register_buffer("feature_scale", torch.ones(()))
@@ -137,13 +140,13 @@ class RepCodec(nn.Module):
         start_as_identity(self.encoder)
         start_as_identity(self.decoder)
 
-    def config(self) -> dict:
+    def config(self) -> dict[str, Any]:
         """Return what config.json says: the architecture, the quantizer and `about`, plain values."""
         quantizer = {"kind": self.quantizer.kind, **self.quantizer.config()}
         published = {"codebook_num": self.num_codebooks, "codebook_size": self.codebook_size}
         return {"kind": "repcodec", **self.architecture.options(), **published, "quantizer": quantizer, **self.about}
 
-    def save_pretrained(self, folder: Path | str, about: dict | None = None) -> None:
+    def save_pretrained(self, folder: Path | str, about: dict[str, Any] | None = None) -> None:
         """Save the codec: config.json, model.safetensors and a model card.
 
         Args:
@@ -174,7 +177,7 @@ class RepCodec(nn.Module):
         return push(self.config(), self.state_dict(), repo_id, private=private, token=token, revision=revision)
 
     @classmethod
-    def from_config(cls, config: dict) -> "RepCodec":
+    def from_config(cls, config: dict[str, Any]) -> "RepCodec":
         """Build a codec, without weights, from what `config` returned.
 
         Raises:
@@ -210,7 +213,7 @@ class RepCodec(nn.Module):
         return codec.eval()
 
     @classmethod
-    def from_published(cls, path: Path | str, config: Path | str | dict | None = None) -> "RepCodec":
+    def from_published(cls, path: Path | str, config: Path | str | dict[str, Any] | None = None) -> "RepCodec":
         """Load a codec in the published format, in evaluation mode; nothing in the file is run.
 
         Args:
@@ -239,7 +242,7 @@ class RepCodec(nn.Module):
         return codec.eval()
 
     @classmethod
-    def _described(cls, config: dict, source: Path | str) -> "RepCodec":
+    def _described(cls, config: dict[str, Any], source: Path | str) -> "RepCodec":
         """`from_config`, of what a user's file says.
 
         Raises:
@@ -383,7 +386,7 @@ class RepCodec(nn.Module):
 
     def _features(self, vectors: Tensor, valid: Tensor | None, lengths: Tensor | None, num_frames: int) -> Tensor:
         """Vectors (B, N, C), where they are valid -> features (B, num_frames, D), zero beyond `lengths`."""
-        features = self.decoder(vectors, valid)
+        features: Tensor = self.decoder(vectors, valid)
         # A codec into features of another kind has no mean and scale of theirs to bring back.
         if features.shape[-1] == len(self.feature_mean):
             features = features * self.feature_scale + self.feature_mean

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
@@ -10,6 +10,9 @@ from repcodec.errors import RepCodecError
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    import numpy as np
+    import numpy.typing as npt
 
     from repcodec.manifest import Manifest
     from repcodec.shards import FeatureShards
@@ -158,7 +161,7 @@ def _sounds(args: argparse.Namespace) -> "Manifest":
         return Manifest.read(first, args.skip_bad)
     if len(args.input) == 1 and first.is_dir():
         return make_manifest(first, args.skip_bad)
-    return list_sounds([Path(name) for name in args.input])
+    return list_sounds([Path(name) for name in args.input], args.skip_bad)
 
 
 def _stream(args: argparse.Namespace, is_features: bool) -> None:
@@ -171,7 +174,7 @@ def _stream(args: argparse.Namespace, is_features: bool) -> None:
     if not is_features and args.input != ["-"]:
         args.usage("--stream takes features: a folder of feature shards, or - for frames on standard input")
     tokenizer = SpeechTokenizer.from_pretrained(args.codec, device=args.device)
-    utterances: Iterable
+    utterances: Iterable[tuple[str, Iterator[npt.NDArray[np.float32]]]]
     if is_features:
         from repcodec.shards import FeatureShards
         from repcodec.tokenization import check_fits

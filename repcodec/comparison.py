@@ -10,8 +10,10 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
@@ -21,21 +23,26 @@ from repcodec.codec import RepCodec
 from repcodec.data import FeaturesDataModule
 from repcodec.errors import RepCodecError
 from repcodec.evaluation import Evaluation, Measures, fit_kmeans, of_all_ranks, rank_and_world
+from repcodec.hub import local_folder
 from repcodec.kmeans import KMeansTokenizer
 from repcodec.labels import PhoneLabels
+from repcodec.logs import read_validations
 from repcodec.manifest import Manifest, utterance_id
 from repcodec.packing import Tokenizer, encode_packed
 from repcodec.pipeline import load_encoder_of, load_tokenizer
 from repcodec.quantizers import first_rank_first, several_ranks
-from repcodec.report import read_curve
 from repcodec.results import Example, Result, Row, load_result, save_result
 from repcodec.robustness import UnitEdits, unit_edits
-from repcodec.tokenization import check_fits, label
+from repcodec.speech_encoders import SpeechEncoder
+from repcodec.tokenization import check_fits, kmeans_label, label
 from repcodec.tokens import read_root, read_tokens
 from repcodec.tokens_evaluation import TokensFacts, measure_tokens
 
 NUM_EXAMPLES, EXAMPLE_SECONDS = 3, 3.5
 """Utterances that the report shows, and about how long they are."""
+
+MEASURES_VERSION = 1
+"""Of what figures mean, part of what results are kept under: another definition takes another number."""
 
 MOST_LOOKED_AT = 1000
 """Utterances of a tokens file that these are chosen from."""
@@ -93,11 +100,13 @@ class Comparison:
         self.plan = plan
         self.evaluation = Evaluation(plan.data, plan.split, plan.measures) if plan.data is not None else None
         self._tokenizers: dict[str, tuple[Tokenizer, str]] = {}  # by name; and the hash of its weights
-        loaded = [(place, *self._load(place)) for place in plan.tokenizers]
+        self._curves: dict[str, list[tuple[int, float]]] = {}
+        loaded = [(place, *self._load(place)) for place in dict.fromkeys(plan.tokenizers)]
         kinds = Counter(label(tokenizer) for _, tokenizer, _ in loaded)
+        kinds.update(kmeans_label(size) for size in plan.kmeans)
         for place, tokenizer, digest in loaded:
-            name = label(tokenizer)
-            self._tokenizers[name if kinds[name] == 1 else f"{name}, {place}"] = tokenizer, digest
+            name = label(tokenizer) if kinds[label(tokenizer)] == 1 else f"{label(tokenizer)}, {place}"
+            self._tokenizers[name], self._curves[name] = (tokenizer, digest), _curve_of(place)
         for path in plan.tokens:
             if not os.path.isfile(path):
                 raise RepCodecError(f"{path}: no such tokens file.")
@@ -113,7 +122,7 @@ class Comparison:
             tokenizer = KMeansTokenizer.from_joblib(place, self.plan.allow_pickle)
             digest = hashlib.sha256(Path(place).read_bytes()).hexdigest()
         else:
-            tokenizer, digest = load_tokenizer(place), str(read_config(place).get("weights_sha256"))
+            tokenizer, digest = load_tokenizer(place), str(read_config(local_folder(place)).get("weights_sha256"))
         check_fits(tokenizer, place, self.evaluation.shards)
         return tokenizer.to(self.plan.device), digest
 
@@ -132,11 +141,10 @@ class Comparison:
                     kmeans = fit_kmeans(plan.data, size, folder) if first else None
                 kmeans = kmeans or KMeansTokenizer.from_pretrained(folder)
                 digest = str(read_config(folder).get("weights_sha256"))
-                self._tokenizers[label(kmeans)] = kmeans.to(plan.device), digest
-            curves = dict(zip(self._tokenizers, map(_curve_of, plan.tokenizers), strict=False))
+                self._tokenizers[kmeans_label(size)] = kmeans.to(plan.device), digest
             for name, (tokenizer, digest) in self._tokenizers.items():
                 result = self._once(name, {"tokenizer": digest}, partial(self.evaluation.measure, tokenizer, name))
-                result.curve = curves.get(name, [])
+                result.curve = self._curves.get(name, [])
                 results.append(result)
             if plan.robustness:
                 self._measure_robustness(results)
@@ -157,17 +165,17 @@ class Comparison:
         speaker = self.plan.measures.speaker if self.plan.measures.abx else None
         return measure_tokens(path, name, self.plan.labels, self.plan.facts, speaker, *rank_and_world())
 
-    def _key(self) -> dict:
+    def _key(self) -> dict[str, Any]:
         """Say what results are of, so that those of something else are not taken for them."""
         plan = self.plan
         facts = {name: str(value) for name, value in asdict(plan.facts).items()}
-        key: dict = {"split": plan.split, "measures": asdict(plan.measures), "labels": self._labels_sha256}
-        key |= {"facts": facts, "manifest": self._manifest_sha256}
+        key: dict[str, Any] = {"split": plan.split, "measures": asdict(plan.measures), "labels": self._labels_sha256}
+        key |= {"facts": facts, "manifest": self._manifest_sha256, "version": MEASURES_VERSION}
         if plan.data is not None and self.evaluation is not None:
             key["features"] = [self.evaluation.shards.stamp, plan.data.train.stamp, str(plan.data.source)]
         return key
 
-    def _once(self, name: str, about: dict, measure: Callable[[], Result]) -> Result:
+    def _once(self, name: str, about: dict[str, Any], measure: Callable[[], Result]) -> Result:
         """Return a result that was kept, or measure and keep it."""
         found = [load_result(*self._place(name, about))]
         if several_ranks():
@@ -180,11 +188,11 @@ class Comparison:
         self._keep(result, about)
         return result
 
-    def _keep(self, result: Result, about: dict) -> None:
+    def _keep(self, result: Result, about: dict[str, Any]) -> None:
         if rank_and_world()[0] == 0:
             save_result(result, *self._place(result.row.name, about))
 
-    def _place(self, name: str, about: dict) -> tuple[Path, dict]:
+    def _place(self, name: str, about: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
         """Return where a result is kept, and what says that it is this one."""
         key = {"name": name, **about, **self._key()}
         slug = re.sub(r"[^0-9A-Za-z.]+", "-", name).strip("-.")[-60:]
@@ -196,7 +204,7 @@ class Comparison:
         lacking = {r.row.name: self._tokenizers[r.row.name] for r in results if r.row.unit_edit_distance is None}
         if not lacking:
             return
-        encoder = load_encoder_of(next(iter(lacking.values()))[0]).to(self.plan.device)
+        encoder = self._encoder([tokenizer for tokenizer, _ in lacking.values()]).to(self.plan.device)
         rank, world = rank_and_world()
         numbers = range(rank, len(self.evaluation.ids), world)
         edits = unit_edits(encoder, {name: t for name, (t, _) in lacking.items()}, map(self._sound, numbers))
@@ -208,17 +216,18 @@ class Comparison:
                 result.row.unit_edit_distance = sum(parts, UnitEdits()).distances()
                 self._keep(result, {"tokenizer": lacking[name][1]})
 
-    def _sound(self, number: int) -> tuple[str, np.ndarray]:
-        """Return id and samples of an utterance of the features.
+    def _encoder(self, tokenizers: Sequence[Tokenizer]) -> SpeechEncoder:
+        """Load the speech encoder of the features, from where they say it is or a tokenizer does."""
+        assert self.plan.data is not None
+        known = [tokenizer for tokenizer in tokenizers if tokenizer.about.get("encoder") is not None]
+        place = self.plan.data.about_features.get("encoder_model")
+        is_there = place is not None and Path(place).is_dir()
+        return load_encoder_of((known or tokenizers)[0], place if is_there else None)
 
-        Raises:
-            RepCodecError: nothing says where it is, or it cannot be read.
-        """
+    def _sound(self, number: int) -> tuple[str, npt.NDArray[np.float32]]:
+        """Return id and samples of an utterance of the features."""
         assert self.evaluation is not None
-        shards = self.evaluation.shards
-        if shards.names is None or not shards.root:
-            raise RepCodecError(f"{shards.folder}: does not say where the sounds are; turn robustness off.")
-        return self.evaluation.ids[number], read_audio(Path(shards.root) / shards.names[number])
+        return self.evaluation.ids[number], self.evaluation.shards.waveform(number)
 
     def facts(self) -> dict[str, str]:
         """Say what was compared on what, for the head of the report."""
@@ -251,9 +260,7 @@ class Comparison:
                 features = torch.from_numpy(shards.read(number)).to(self.plan.device)
                 (found,) = encode_packed(tokenizer, [features])
                 codes[name] = found[:, 0].cpu().numpy(), rate / tokenizer.stride
-            utterance, sound = evaluation.ids[number], None
-            if shards.names is not None and shards.root:
-                sound = _sound_at(Path(shards.root) / shards.names[number])
+            utterance, sound = evaluation.ids[number], _if_there(partial(shards.waveform, number))
             phones = _phones(evaluation.labels, evaluation.keys[number])
             duration = len(sound) / SAMPLE_RATE if sound is not None else float(shards.lengths[number] / rate)
             shown.append(Example(utterance, duration, sound, phones, codes))
@@ -270,7 +277,7 @@ class Comparison:
         keys = [labels.key(utterance) if labels is not None else None for utterance in ids]
         shown = []
         for number in _chosen([tokens.codes.shape[1] / rate for tokens in found], keys):
-            sound = _sound_at(Path(read_root(path)) / found[number].name)
+            sound = _if_there(partial(read_audio, Path(read_root(path)) / found[number].name))
             codes = {name: (found[number].codes[0], rate)}
             duration = found[number].codes.shape[1] / rate
             shown.append(Example(ids[number], duration, sound, _phones(labels, keys[number]), codes))
@@ -291,14 +298,15 @@ def _phones(labels: PhoneLabels | None, key: str | None) -> list[tuple[float, fl
     return [(start, end, labels.phones[phone]) for start, end, phone in zip(starts, ends, phones, strict=True)]
 
 
-def _sound_at(path: Path) -> np.ndarray | None:
+def _if_there(read: Callable[[], npt.NDArray[np.float32]]) -> npt.NDArray[np.float32] | None:
     """Read a sound; None where it is no longer there: the report then shows the rest."""
     try:
-        return read_audio(path)
+        return read()
     except RepCodecError:
         return None
 
 
 def _curve_of(place: str) -> list[tuple[int, float]]:
-    """Return the training curve of a codec that still lies in the folder of its run."""
-    return read_curve(Path(place).parent / "logs")
+    """Return (step, normalized error) of each validation of a codec that still lies in the folder of its run."""
+    rows = read_validations(Path(place).parent / "validations.csv")
+    return [(int(row["step"]), row["valid/normalized_error"]) for row in rows if "valid/normalized_error" in row]

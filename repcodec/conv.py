@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -111,9 +112,10 @@ class FrameConv(nn.Conv1d):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FrameConv":
         self._kept = None  # the weights move under the same name
-        return super()._apply(fn, recurse)
+        apply: Callable[..., FrameConv] = super()._apply  # torch leaves it without annotations
+        return apply(fn, recurse)
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         """Copies and other processes transform for themselves."""
         return {name: value for name, value in self.__dict__.items() if name != "_kept"}
 

@@ -1,12 +1,13 @@
 """Any codec file -> a saved codec: published .pkl files, Lightning's .ckpt files, saved folders and hub ids."""
 
 from pathlib import Path
+from typing import Any
 
 from repcodec.codec import RepCodec
 from repcodec.errors import RepCodecError
 
 
-def convert(source: Path | str, folder: Path | str, config: Path | str | dict | None = None) -> RepCodec:
+def convert(source: Path | str, folder: Path | str, config: Path | str | dict[str, Any] | None = None) -> RepCodec:
     """Save a codec of any kind in `folder`: config.json, model.safetensors and a model card.
 
     Args:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from repcodec.audio import check_rate, samples_at_16khz, to_mono_16khz
 from repcodec.errors import RepCodecError, first_line
@@ -25,7 +26,7 @@ MIXED_SHARDS = 4
 """Shards of a Shar that are shuffled together; their sound is held in memory, encoded as it is stored."""
 
 
-def open_sounds(source: str | Mapping) -> "SoundList | Shar":
+def open_sounds(source: str | Mapping[str, str | Sequence[str]]) -> "SoundList | Shar":
     """Open a list of sounds.
 
     Args:
@@ -75,7 +76,7 @@ class CutList(SoundList):
             twice = next(one for one, other in pairwise(ordered) if one == other)
             raise RepCodecError(f"{source}: two cuts have the id {twice!r}; rename one.")
 
-    def waveform(self, utterance: int) -> np.ndarray:
+    def waveform(self, utterance: int) -> npt.NDArray[np.float32]:
         """Read a cut's sound; see `SoundList`."""
         waveform = read_cut(self._cuts[utterance], self._source)
         self.check_length(utterance, len(waveform), f"{self._source}, cut {self.paths[utterance]!r}")
@@ -87,7 +88,7 @@ def num_samples(cut: Any) -> int:
     return samples_at_16khz(cut.num_samples, cut.sampling_rate)
 
 
-def read_cut(cut: Any, source: str) -> np.ndarray:
+def read_cut(cut: Any, source: str) -> npt.NDArray[np.float32]:
     """Return the (S,) float32 waveform of a cut at 16 kHz.
 
     Raises:
@@ -170,7 +171,7 @@ class Shar:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _groups(self, seed: int, start: int) -> Iterator[tuple[int, list[int], np.ndarray]]:
+    def _groups(self, seed: int, start: int) -> Iterator[tuple[int, list[int], npt.NDArray[np.int64]]]:
         """Yield the first place, the shards, and the places of the cuts, of each group that ends after `start`."""
         place = 0
         for number in count():
@@ -181,7 +182,7 @@ class Shar:
             if place == 0:
                 raise RepCodecError(f"{self.source}: the Shar holds no cut.")
 
-    def _round(self, seed: int, number: int, place: int) -> Iterator[tuple[int, list[int], np.ndarray]]:
+    def _round(self, seed: int, number: int, place: int) -> Iterator[tuple[int, list[int], npt.NDArray[np.int64]]]:
         """Yield the groups of one round over all shards, which begins at `place`."""
         order = np.random.default_rng([seed, number]).permutation(len(self._shards)).tolist()
         for first in range(0, len(order), MIXED_SHARDS):
@@ -191,7 +192,7 @@ class Shar:
             place += total
 
     def _read(
-        self, first: int, shards: list[int], places: np.ndarray, start: int, wanted: Callable[[int], bool]
+        self, first: int, shards: list[int], places: npt.NDArray[np.int64], start: int, wanted: Callable[[int], bool]
     ) -> list[tuple[int, Any]]:
         cuts = (cut for shard in shards for cut in self.cuts(shard))
         found = [

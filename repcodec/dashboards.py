@@ -3,24 +3,26 @@
 import csv
 import logging
 import math
+import netrc
 import os
 import subprocess
 from pathlib import Path
 from time import perf_counter
 from typing import Any
+from urllib.parse import urlsplit
 
 import lightning as L
 import numpy as np
+import numpy.typing as npt
 import torch
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
-from requests.utils import get_netrc_auth
 from torch import Tensor
 
-from repcodec.errors import RepCodecError
 from repcodec.figures import codebook_figure, curves_figure, png, usage_figure
 from repcodec.files import atomic_write
 from repcodec.loaders import ResumableLoader
+from repcodec.logs import read_validations
 from repcodec.module import CodecModule
 from repcodec.quantizers import EMAQuantizer, Quantizer
 
@@ -46,7 +48,7 @@ class WandbRun(WandbLogger):
     turn it down for all runs, `offline` for one.
     """
 
-    def __init__(self, *, offline: bool | None = None, **options):
+    def __init__(self, *, offline: bool | None = None, **options: Any) -> None:
         """Take what `WandbLogger` takes.
 
         Args:
@@ -93,8 +95,16 @@ class WandbRun(WandbLogger):
         hosts = [settings.base_url]
         if "WANDB_BASE_URL" not in os.environ:
             hosts.append("https://api.wandb.ai")  # where those who logged in before W&B's server had a new name
-        known = settings.api_key or settings.identity_token_file or any(get_netrc_auth(host) for host in hosts)
+        known = settings.api_key or settings.identity_token_file or any(map(_in_netrc, hosts))
         return "online" if known else "offline"
+
+
+def _in_netrc(url: str) -> bool:
+    """Say whether the user's netrc file, or the one that NETRC names, has a password for a server."""
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(urlsplit(url).hostname or "") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 class Rates(L.Callback):
@@ -126,11 +136,13 @@ class Rates(L.Callback):
         assert isinstance(trainer.train_dataloader, ResumableLoader)
         return trainer.train_dataloader.waited
 
-    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         """Note the time."""
         self.started = perf_counter()
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs, batch, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Count the batch; log the speed since the last time."""
         self.frames = self.frames + batch.lengths.sum()
         logs = trainer._logger_connector.should_update_logs
@@ -181,7 +193,7 @@ class Dashboard(L.Callback):
         self.began = perf_counter()
         if not trainer.is_global_zero:
             return
-        self.rows = read_rows(self.folder / "validations.csv")
+        self.rows = read_validations(self.folder / "validations.csv")
         commit = git_commit()
         with atomic_write(self.folder / "commit.txt") as file:
             file.write(f"{commit or 'not from a git checkout'}\n")
@@ -189,7 +201,9 @@ class Dashboard(L.Callback):
             if isinstance(logger, WandbLogger):
                 logger.experiment.config.update({"git_commit": commit}, allow_val_change=True)
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs, batch, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Add the losses up: the table has their means since the last validation."""
         losses = {name: trainer.callback_metrics[name].double() for name in LOSSES}
         self.sums = {name: self.sums.get(name, 0) + value for name, value in {**losses, "batches": 1}.items()}
@@ -250,7 +264,7 @@ class Dashboard(L.Callback):
             writer.writeheader()
             writer.writerows(self.rows)
 
-    def _log(self, trainer: L.Trainer, pictures: dict[str, Path], counts: np.ndarray) -> None:
+    def _log(self, trainer: L.Trainer, pictures: dict[str, Path], counts: npt.NDArray[np.int64]) -> None:
         """Send the pictures, and a histogram a codebook: log10 of 1 + the frames of each code."""
         step = trainer.global_step
         histograms = {f"valid/log10_code_counts_{k}": np.log10(1 + row) for k, row in enumerate(counts)}
@@ -311,22 +325,6 @@ def first_codebook(quantizer: Quantizer) -> Tensor | None:
     device = [*quantizer.parameters(), *quantizer.buffers()][0].device
     with torch.inference_mode():
         return quantizer.decode(torch.arange(quantizer.codebook_size, device=device)[None, None])[0]
-
-
-def read_rows(path: Path) -> list[dict[str, float]]:
-    """Return the rows of a validations.csv, without its empty cells; none where there is no such file.
-
-    Raises:
-        RepCodecError: it cannot be read.
-    """
-    if not path.is_file():
-        return []
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
-        return [{**row, "step": int(row["step"])} for row in rows]
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, csv.Error) as error:
-        raise RepCodecError(f"{path}: not a readable table of validations ({error!r}); remove it.") from error
 
 
 def git_commit() -> str | None:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import lightning as L
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -58,7 +59,7 @@ class FeatureStatistics:
     scale: float
 
 
-class ShardDataset(Dataset):
+class ShardDataset(Dataset[Batch]):
     """A split's features; an item is a whole batch, asked for by (utterance, first frame) pairs.
 
     Args:
@@ -67,7 +68,7 @@ class ShardDataset(Dataset):
 
     def __init__(self, shards: FeatureShards, num_frames: int | None):
         self.shards, self.num_frames = shards, num_frames
-        self._free: deque[np.ndarray] = deque()  # appending and popping are safe between threads
+        self._free: deque[npt.NDArray[np.float32]] = deque()  # appending and popping are safe between threads
 
     def __getitem__(self, places: Sequence[tuple[int, int]]) -> Batch:
         utterances = [utterance for utterance, _ in places]
@@ -81,7 +82,7 @@ class ShardDataset(Dataset):
             features, lengths = self.shards.gather(utterances, starts, self.num_frames, room, check=False)
         return Batch(torch.from_numpy(features), torch.from_numpy(lengths), torch.tensor(utterances))
 
-    def _room(self, shape: tuple[int, int, int]) -> np.ndarray:
+    def _room(self, shape: tuple[int, int, int]) -> npt.NDArray[np.float32]:
         """Return memory for a batch, if possible that of one that is no longer used: new pages cost half a copy."""
         while self._free:
             memory = self._free.pop()
@@ -133,12 +134,14 @@ class FeaturesDataModule(L.LightningDataModule):
             whole_frames: at most so many frames, padding included, in a batch of whole utterances.
 
         Raises:
-            RepCodecError: a number is not positive.
+            RepCodecError: a number is not positive, or no number.
         """
         super().__init__()
         for name, value in (("batch_size", batch_size), ("crop", crop), ("whole_frames", whole_frames)):
-            if value < 1:
-                raise RepCodecError(f"data.{name}={value}: expected at least 1.")
+            if type(value) is not int or value < 1:
+                raise RepCodecError(f"data.{name}={value}: expected a whole number, at least 1.")
+        if type(seed) is not int or seed < 0:
+            raise RepCodecError(f"seed={seed}: expected a whole number, at least 0.")
         self.dim, self.encoder, self.layer = dim, encoder, layer
         self.labels = labels
         self.batch_size, self.crop, self.seed, self.num_workers = batch_size, crop, seed, num_workers
@@ -157,7 +160,7 @@ class FeaturesDataModule(L.LightningDataModule):
         """
         raise NotImplementedError
 
-    def dataset(self, split: Any, num_frames: int | None) -> Dataset:
+    def dataset(self, split: Any, num_frames: int | None) -> Dataset[Any]:
         """Return a dataset whose items are batches, asked for by (utterance, first frame) pairs; see ShardDataset."""
         return ShardDataset(split, num_frames)
 
@@ -167,14 +170,22 @@ class FeaturesDataModule(L.LightningDataModule):
         return self.split("train")
 
     @property
-    def about_features(self) -> dict:
+    def train_ids(self) -> Sequence[str] | None:
+        """Ids of the utterances that a training batch numbers; None where they are not known."""
+        ids: Sequence[str] | None = self.train.ids
+        return ids
+
+    @property
+    def about_features(self) -> dict[str, Any]:
         """What config.json says of the features besides encoder and layer, as far as it is known.
 
         waveform_norm: see `EncoderSpec`; encoder_model: hub id or absolute folder of the speech encoder;
         encoder_sha256: hash of its weights.
         """
         row = encoder_table().get(self.encoder)
-        return ({"waveform_norm": row.waveform_norm} if row is not None else {}) | self.train.about_features
+        known: dict[str, Any] = {"waveform_norm": row.waveform_norm} if row is not None else {}
+        known |= self.train.about_features
+        return known
 
     def describe_valid(self) -> str:
         """Say what the validation split is, for the model card: that is made public, so no path is named."""
@@ -214,7 +225,7 @@ class FeaturesDataModule(L.LightningDataModule):
             self.dataset(self.train, self.crop), sampler=sampler, batch_size=None, num_workers=self.num_workers
         )
 
-    def val_dataloader(self) -> DataLoader:
+    def val_dataloader(self) -> DataLoader[Any]:
         """Return the whole utterances of the validation split, this rank's share of them."""
         return self.whole_utterances(self.valid, *self._rank())
 
@@ -233,8 +244,8 @@ class FeaturesDataModule(L.LightningDataModule):
         rank: int = 0,
         world_size: int = 1,
         shuffle: bool = False,
-        chosen: np.ndarray | None = None,
-    ) -> DataLoader:
+        chosen: npt.NDArray[np.intp] | None = None,
+    ) -> DataLoader[Any]:
         """Return batches of whole utterances, this rank's share of them, each sorted by length; None: of all."""
         chosen = np.flatnonzero(split.lengths) if chosen is None else chosen
         order = chosen[np.argsort(split.lengths[chosen], kind="stable")][rank::world_size]
@@ -263,7 +274,7 @@ class ShardsDataModule(FeaturesDataModule):
         root: str | Mapping[str, float] | None = None,
         dir: str | Mapping[str, float] | None = None,
         check: bool = False,
-        **options,
+        **options: Any,
     ):
         """Describe where the splits train/, valid/ and test/ lie; nothing is opened yet.
 

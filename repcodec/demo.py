@@ -1,6 +1,7 @@
 """The DataModule that makes the demo's corpus and features on first use (`data=demo`)."""
 
 from pathlib import Path
+from typing import Any
 
 from repcodec.data import ShardsDataModule
 from repcodec.demo_corpus import SPLITS, build_corpus, split_recordings
@@ -25,7 +26,7 @@ class DemoDataModule(ShardsDataModule):
         model: str | None,
         labels: str | None,
         corpus_seed: int,
-        **options,
+        **options: Any,
     ):
         """Describe what to make; nothing is made before `prepare_data`.
 

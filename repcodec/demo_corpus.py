@@ -8,8 +8,10 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from tqdm import tqdm
 
 from repcodec.audio import SAMPLE_RATE, find_sound_files, resample
@@ -51,7 +53,7 @@ class Utterance:
         phones: start in seconds, end in seconds and name of each phone, pauses included.
     """
 
-    waveform: np.ndarray
+    waveform: npt.NDArray[np.float32]
     phones: list[tuple[float, float, str]]
 
 
@@ -80,7 +82,7 @@ class Speaker:
     _RATE = 1  # espeak_PARAMETER
     _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event))
 
-    def __init__(self):
+    def __init__(self) -> None:
         """Load the library and its data from the package espeakng-loader.
 
         Raises:
@@ -96,12 +98,14 @@ class Speaker:
         self._rate = self._library.espeak_Initialize(2, 0, os.fsencode(self._data), 1)
         if self._rate <= 0:
             raise RepCodecError(f"espeak-ng did not start with the data in {self._data}: reinstall espeakng-loader.")
-        self._blocks: list[np.ndarray] = []
+        self._blocks: list[npt.NDArray[np.int16]] = []
         self._starts: list[tuple[int, str]] = []
         self._callback = self._CALLBACK(self._collect)  # kept here, or it would be freed while in use
         self._library.espeak_SetSynthCallback(self._callback)
 
-    def _collect(self, samples, count, events) -> int:
+    def _collect(
+        self, samples: "ctypes._Pointer[ctypes.c_short]", count: int, events: "ctypes._Pointer[_Event]"
+    ) -> int:
         if samples and count > 0:
             self._blocks.append(np.ctypeslib.as_array(samples, (count,)).copy())
         i = 0
@@ -212,7 +216,7 @@ def _speak_corpus(folder: Path, seed: int, sentences: dict[str, int]) -> None:
         file.writelines(phone_rows)
 
 
-def is_made(folder: Path, about: dict) -> bool:
+def is_made(folder: Path, about: dict[str, Any]) -> bool:
     """Say whether a corpus folder is whole.
 
     Raises:
@@ -234,7 +238,7 @@ def is_made(folder: Path, about: dict) -> bool:
     return True
 
 
-def mark_made(folder: Path, about: dict) -> None:
+def mark_made(folder: Path, about: dict[str, Any]) -> None:
     """Write corpus.json, last of all: it says that the rest is whole, and what it is."""
     with atomic_write(folder / "corpus.json") as file:
         json.dump(about, file, indent=1)

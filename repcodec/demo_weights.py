@@ -6,8 +6,10 @@ import os
 import shutil
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from repcodec.errors import RepCodecError
 
@@ -65,7 +67,7 @@ def convert_whisper_tiny_en(cache: Path | str) -> Path:
     return folder
 
 
-def read_ctranslate2(data: bytes) -> dict[str, np.ndarray]:
+def read_ctranslate2(data: bytes) -> dict[str, npt.NDArray[np.number]]:
     """Read the named arrays of a CTranslate2 model file, format version 6.
 
     Little-endian: version (u32), spec name (u16 length with its NUL, text), revision (u32), count (u32);
@@ -76,7 +78,7 @@ def read_ctranslate2(data: bytes) -> dict[str, np.ndarray]:
     """
     at = 0
 
-    def take(form: str) -> tuple:
+    def take(form: str) -> tuple[Any, ...]:
         nonlocal at
         values = struct.unpack_from("<" + form, data, at)
         at += struct.calcsize("<" + form)
@@ -85,7 +87,8 @@ def read_ctranslate2(data: bytes) -> dict[str, np.ndarray]:
     def text() -> str:
         (length,) = take("H")
         (value,) = take(f"{length}s")
-        return value.rstrip(b"\0").decode()
+        decoded: str = value.rstrip(b"\0").decode()
+        return decoded
 
     (version,) = take("I")
     name = text()
@@ -107,7 +110,7 @@ def read_ctranslate2(data: bytes) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _transformers_names(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _transformers_names(arrays: dict[str, npt.NDArray[np.number]]) -> dict[str, npt.NDArray[np.float32]]:
     """Rename the encoder's arrays, split the fused q, k, v, and widen to float32."""
     weights = {}
 

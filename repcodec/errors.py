@@ -49,6 +49,9 @@ def user_message(error: BaseException) -> str | None:
             return f"{cause.strerror}: free some space, then run the same command again."
         if type(cause).__name__ == "MisconfigurationException" or (making and isinstance(cause, ValueError)):
             return str(cause)
+        if making and isinstance(cause, TypeError):  # an option that there is not, or a value of another kind
+            key = str(error).rpartition("full_key: ")[2]
+            return f"{key}: a value there is of another kind, or there is no such option ({first_line(cause)})."
         if type(cause).__name__ in ("InductorError", "BackendCompilerFailed"):
             return f"module.compile=true: torch.compile fails ({first_line(cause)}); train with module.compile=false."
         if _lost_a_rank(cause):

@@ -7,8 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -23,12 +25,15 @@ from repcodec.errors import RepCodecError
 from repcodec.kmeans import KMeansTokenizer
 from repcodec.labels import SPEAKER, matched, matched_sentence, speaker_of
 from repcodec.packing import Tokenizer
-from repcodec.probe import ProbeData, check_held_out, phone_error_rate, probe_data
+from repcodec.probe import BATCH_FRAMES, STEPS, ProbeData, check_held_out, phone_error_rate, probe_data
 from repcodec.quantizers import fit_centroids, several_ranks, sum_over_ranks
 from repcodec.results import Result, Row
 from repcodec.scores import Scores
 from repcodec.shards import FeatureShards
 from repcodec.tokenization import encode_shards
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 
 PROBE_SEEDS = (0, 1, 2)
 """Of the recognition probe's runs, whose spread says how much a difference between tokenizers means."""
@@ -52,8 +57,7 @@ def fit_kmeans(data: FeaturesDataModule, codebook_size: int, folder: Path) -> KM
     }
     if (folder / "config.json").exists() and about.items() <= read_config(folder).items():
         return KMeansTokenizer.from_pretrained(folder)
-    # Centred and scaled like the codec's features: distances keep their order, and a codec that starts from k-means
-    # starts from these very codes.
+    # Centred and scaled like the codec's features: distances keep their order, and scikit-learn's sums keep digits.
     mean, scale = data.statistics.mean, data.statistics.scale
     frames = (torch.from_numpy(data.train.sample(SAMPLE_FRAMES)) - mean) / torch.tensor(scale)
     fit, about["fitted_with"] = _kmeans_library()
@@ -69,14 +73,14 @@ def fit_kmeans(data: FeaturesDataModule, codebook_size: int, folder: Path) -> KM
     return tokenizer
 
 
-def _kmeans_library() -> tuple[Callable[[np.ndarray, int, int], np.ndarray], str]:
+def _kmeans_library() -> tuple[Callable[[npt.NDArray[np.floating], int, int], npt.NDArray[np.float32]], str]:
     """Return what fits k-means, and its name: faiss where it is installed, which is faster, else scikit-learn."""
     try:
         import faiss
     except ImportError:
         return fit_centroids, f"scikit-learn {version('scikit-learn')}"
 
-    def fit(frames: np.ndarray, codebook_size: int, seed: int) -> np.ndarray:
+    def fit(frames: npt.NDArray[np.floating], codebook_size: int, seed: int) -> npt.NDArray[np.float32]:
         if len(frames) < codebook_size:
             raise RepCodecError(
                 f"k-means of {codebook_size} codes needs at least as many frames, found {len(frames)}; take a smaller "
@@ -92,7 +96,8 @@ def _kmeans_library() -> tuple[Callable[[np.ndarray, int, int], np.ndarray], str
             max_points_per_centroid=most,
         )
         kmeans.train(np.ascontiguousarray(frames, dtype=np.float32))
-        return kmeans.centroids
+        centroids: npt.NDArray[np.float32] = kmeans.centroids
+        return centroids
 
     return fit, f"faiss {faiss.__version__}"
 
@@ -138,6 +143,7 @@ class Evaluation:
         """
         self.data, self.split, self.measures = data, split, measures or Measures()
         self.labels = data.phone_labels
+        self._splits: dict[str, FeatureShards] = {}
         self.shards, self.ids, self.keys = self._open(split, say=True)
         if self.labels is None and (self.measures.abx or self.measures.probe):
             raise RepCodecError("abx and probe need phone labels: give data.labels=FILE, or turn them off.")
@@ -146,10 +152,11 @@ class Evaluation:
         if self.measures.probe:
             self._probe_train = self._open("train")
             check_held_out(self._speakers(self._probe_train[1]), self._speakers(self.ids))
+            self._probe_numbers = self._chosen_for_probe()
 
     def _open(self, split: str, say: bool = False) -> tuple[FeatureShards, list[str], list[str | None]]:
         """Return a split, the ids of its utterances and the labels' ids of them."""
-        shards = self.data.split(split)
+        shards = self._shards(split)
         ids = shards.ids or [str(number) for number in range(len(shards))]
         if self.labels is None:
             return shards, ids, [None] * len(ids)
@@ -160,6 +167,20 @@ class Evaluation:
         if say and rank_and_world()[0] == 0:
             print(matched_sentence(keys), flush=True)
         return shards, ids, keys
+
+    def _chosen_for_probe(self) -> set[int]:
+        """Choose which utterances with labels the probe trains on, at random: as many as its steps can take."""
+        shards, _, keys = self._probe_train
+        labelled = [number for number, key in enumerate(keys) if key is not None]
+        drawn = np.random.default_rng(self.data.seed).permutation(labelled)
+        fit = np.cumsum(shards.lengths[drawn]) <= STEPS * BATCH_FRAMES
+        return set(drawn[: max(1, int(fit.sum()))].tolist()) if len(labelled) else set()
+
+    def _shards(self, split: str) -> FeatureShards:
+        """Return a split, opened once."""
+        if split not in self._splits:
+            self._splits[split] = self.data.split(split)
+        return self._splits[split]
 
     def _speakers(self, ids: Sequence[str]) -> list[str]:
         return [speaker_of(utterance, self.measures.speaker) for utterance in ids]
@@ -208,6 +229,7 @@ class Evaluation:
             of_codes = self._abx(lambda number: codes[number].T.numpy(), rate, "different")
             decoded = self._abx(lambda number: _decoded(tokenizer, codes[number]).numpy(), self.frame_rate, "angular")
             result.row.abx_within, result.row.abx_across = of_codes.within, of_codes.across
+            result.row.abx_kind, result.row.abx_items = of_codes.kind, of_codes.items
             result.row.abx_reconstruction_within = decoded.within
             result.row.abx_reconstruction_across = decoded.across
         if self.measures.probe:
@@ -222,11 +244,15 @@ class Evaluation:
         if self.measures.abx:
             errors = self._abx(self.shards.read, self.frame_rate, "angular")
             row.abx_within, row.abx_across = errors.within, errors.across
+            row.abx_kind, row.abx_items = errors.kind, errors.items
         if self.measures.probe:
             shards, _, keys = self._probe_train
             train, test = (
-                self._probe_data({n: torch.from_numpy(s.read(n)) for n in range(len(s))}, k, self.frame_rate, split)
-                for s, k, split in ((shards, keys, "train"), (self.shards, self.keys, self.split))
+                self._probe_data({n: torch.from_numpy(s.read(n)) for n in numbers}, k, self.frame_rate, split)
+                for s, k, split, numbers in (
+                    (shards, keys, "train", self._probe_numbers),
+                    (self.shards, self.keys, self.split, range(len(self.shards))),
+                )
             )
             self._probe(row, row.name, train, test, None)
         return Result(row, np.zeros((0, 0), dtype=np.int64))
@@ -243,7 +269,7 @@ class Evaluation:
     def _pass(self, tokenizer: Tokenizer, name: str, split: str, scores: Scores, keep: bool) -> dict[int, Tensor]:
         """Code this rank's utterances of a split and count them; return the codes (K, N) of all ranks, if kept."""
         scored = split == self.split
-        shards = self.shards if scored else self.data.split(split)
+        shards = self._shards(split)
         rank, world = rank_and_world()
         numbers = range(rank, len(shards), world)
         codes: dict[int, Tensor] = {}
@@ -255,11 +281,11 @@ class Evaluation:
                 features = features[: len(reconstruction)]  # a converted strided codec leaves a rest at the end out
             utterance, key = (self.ids[number], self.keys[number]) if scored else (str(number), None)
             scores.add(utterance, found, key, features, reconstruction)
-            if keep:
+            if keep and (scored or number in self._probe_numbers):
                 codes[number] = found
         return of_all_ranks(codes)
 
-    def _abx(self, frames: Callable[[int], np.ndarray], frame_rate: float, distance: Distance) -> AbxErrors:
+    def _abx(self, frames: Callable[[int], npt.NDArray[np.number]], frame_rate: float, distance: Distance) -> AbxErrors:
         """Return ABX errors over the cells of all ranks."""
         sums = abx_sums(self._items, frames, frame_rate, distance, *rank_and_world())
         sums.table[:] = sum_over_ranks(torch.from_numpy(sums.table)).numpy()
@@ -294,11 +320,11 @@ def rank_and_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if several_ranks() else (0, 1)
 
 
-def of_all_ranks(found: dict) -> dict:
+def of_all_ranks(found: dict[Key, Value]) -> dict[Key, Value]:
     """Put what every rank has found together, on each of them."""
     if not several_ranks():
         return found
-    parts: list[dict] = [{}] * dist.get_world_size()
+    parts: list[dict[Key, Value]] = [{}] * dist.get_world_size()
     dist.all_gather_object(parts, found)
     return {key: value for part in parts for key, value in part.items()}
 

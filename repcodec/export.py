@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -101,7 +102,7 @@ def export_onnx(codec: Tokenizer, folder: Path | str) -> tuple[Path, Path]:
 
 
 @torch.no_grad()
-def check_onnx(codec: Tokenizer, folder: Path | str, utterances: Iterable[np.ndarray]) -> OnnxCheck:
+def check_onnx(codec: Tokenizer, folder: Path | str, utterances: Iterable[npt.NDArray[np.floating]]) -> OnnxCheck:
     """Compare exported graphs, run by onnxruntime on the CPU, with the codec they were made from.
 
     Args:
@@ -165,7 +166,7 @@ class _Encode(nn.Module):
             chosen = torch.addmm(book.square().sum(1) / 2, residual, book.T, alpha=-1).argmin(1)
             residual = residual - book[chosen]
             codes.append(chosen)
-        every = torch.stack(codes, 1).unflatten(0, z.shape[:2]).mT
+        every: Tensor = torch.stack(codes, 1).unflatten(0, z.shape[:2]).mT
         if valid is None:
             return every
         for stride in shape.enc_strides:
@@ -220,7 +221,7 @@ def _about(codec: RepCodec) -> dict[str, str]:
     from safetensors.torch import save
 
     config = codec.config()
-    about = {
+    about: dict[str, Any] = {
         name: config[name] for name in ("kind", "encoder", "layer", "frame_rate", "pad_to_stride") if name in config
     }
     weights = save({name: tensor.detach().cpu().contiguous() for name, tensor in codec.state_dict().items()})

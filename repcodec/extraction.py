@@ -5,8 +5,10 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
@@ -96,7 +98,7 @@ def extract(
         for where, reason in utterances.skipped.items() if done == 0 else ():
             shard.skip(where, reason)
 
-        def write(number: int, results: list[np.ndarray | RepCodecError]) -> None:
+        def write(number: int, results: list[npt.NDArray[np.float32] | RepCodecError]) -> None:
             for utterance, result in zip(batches[number], results, strict=True):
                 if isinstance(result, RepCodecError):
                     shard.skip(utterances.paths[utterance], str(result))
@@ -109,7 +111,7 @@ def extract(
             tqdm(total=sum(seconds), initial=sum(seconds[:done]), desc=description, unit="s", unit_scale=True) as bar,
             ThreadPoolExecutor(1) as pool,
         ):
-            writing: Future | None = None  # a batch is written while the next one is run
+            writing: Future[None] | None = None  # a batch is written while the next one is run
             runs = run_batches(utterances, batches[done:], encoder, batch_seconds, skip_bad)
             for number, results in enumerate(runs, start=done):
                 if writing is not None:
@@ -124,7 +126,7 @@ def extract(
 @torch.inference_mode()
 def run_batches(
     utterances: SoundList, batches: list[list[int]], encoder: SpeechEncoder, batch_seconds: float, skip_bad: bool
-) -> Iterator[list[np.ndarray | RepCodecError]]:
+) -> Iterator[list[npt.NDArray[np.float32] | RepCodecError]]:
     """Yield the features (T, D) of each utterance of one batch after another; sound is decoded meanwhile.
 
     Args:
@@ -146,14 +148,14 @@ def run_batches(
 
 def _read_ahead(
     utterances: SoundList, batches: list[list[int]], encoder: SpeechEncoder, skip_bad: bool
-) -> Iterator[list[np.ndarray | RepCodecError]]:
+) -> Iterator[list[npt.NDArray[np.float32] | RepCodecError]]:
     """Yield the waveforms of one batch after another; threads decode the next ones meanwhile.
 
     Raises:
         RepCodecError: a bad sound; with `skip_bad` the error stands in its waveform's place.
     """
 
-    def read(utterance: int) -> np.ndarray | RepCodecError:
+    def read(utterance: int) -> npt.NDArray[np.float32] | RepCodecError:
         try:
             waveform = utterances.waveform(utterance)
             if encoder.num_frames(len(waveform)) == 0:
@@ -169,7 +171,7 @@ def _read_ahead(
 
     pool = ThreadPoolExecutor(num_cores())
     try:
-        waiting: deque = deque()
+        waiting: deque[list[Future[npt.NDArray[np.float32] | RepCodecError]]] = deque()
         for batch in batches:
             waiting.append([pool.submit(read, utterance) for utterance in batch])
             if len(waiting) > READ_AHEAD:
@@ -180,7 +182,7 @@ def _read_ahead(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _run(encoder: SpeechEncoder, waveforms: list[torch.Tensor], batch_seconds: float) -> list[np.ndarray]:
+def _run(encoder: SpeechEncoder, waveforms: list[torch.Tensor], batch_seconds: float) -> list[npt.NDArray[np.float32]]:
     """Return the features (T, D) of each waveform.
 
     Raises:
@@ -195,7 +197,7 @@ def _run(encoder: SpeechEncoder, waveforms: list[torch.Tensor], batch_seconds: f
         ) from error
 
 
-def _check_same(path: Path, about: dict) -> None:
+def _check_same(path: Path, about: dict[str, Any]) -> None:
     """Refuse to take a finished shard for one of other sounds, encoder or layer; its files may have moved."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))

@@ -6,9 +6,10 @@ vector, K codebooks, V codes a codebook.
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,7 +28,9 @@ PANELS: dict[str, tuple[str, ...]] = {
 """Of each panel of the curves: its title and what it shows."""
 
 
-def _figure(size: tuple[float, float], edges: tuple[float, float, float, float], rows=1, columns=1, **options):
+def _figure(
+    size: tuple[float, float], edges: tuple[float, float, float, float], rows: int = 1, columns: int = 1, **options: Any
+) -> tuple["Figure", Any]:
     """Return a figure and its axes, several as an array.
 
     The layout is fixed: to let matplotlib find one doubles the time of drawing.
@@ -54,7 +57,7 @@ def png(figure: "Figure") -> bytes:
     return buffer.getvalue()
 
 
-def usage_figure(counts: np.ndarray, step: int) -> "Figure":
+def usage_figure(counts: npt.NDArray[np.int64], step: int) -> "Figure":
     """Draw how often each code is used: sorted, and as a histogram over the codes.
 
     Args:
@@ -88,7 +91,9 @@ def usage_figure(counts: np.ndarray, step: int) -> "Figure":
     return figure
 
 
-def codebook_figure(vectors: np.ndarray, codes: np.ndarray, counts: np.ndarray, step: int) -> "Figure | None":
+def codebook_figure(
+    vectors: npt.NDArray[np.floating], codes: npt.NDArray[np.floating], counts: npt.NDArray[np.int64], step: int
+) -> "Figure | None":
     """Draw the codes over the vectors that they stand for, on the first two principal components of the vectors.
 
     Args:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from repcodec.errors import RepCodecError
 
@@ -25,7 +25,7 @@ class InUse(RepCodecError):
 
 
 @contextmanager
-def atomic_write(path: Path | str, mode: str = "w") -> Iterator[IO]:
+def atomic_write(path: Path | str, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a temporary sibling of `path` that takes its place only when the block ends well.
 
     Args:
@@ -123,9 +123,12 @@ def locked(path: Path | str) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         deadline = time.monotonic() + GRACE
         while (file := _take(lock)) is None:
-            owner = lock.read_text(encoding="ascii", errors="replace").strip()[:20]
-            if _lives(owner) or time.monotonic() > deadline:
-                raise InUse(f"{path}: process {owner} is making it; wait for it, or stop it.")
+            try:
+                owner = lock.read_text(encoding="ascii", errors="replace").strip()[:20]
+            except FileNotFoundError:  # its owner has let go of it just now
+                continue
+            if (owner and _lives(owner)) or time.monotonic() > deadline:
+                raise InUse(f"{path}: process {owner or '(unknown)'} is making it; wait for it, or stop it.")
             time.sleep(0.1)
         file.truncate(0)
         file.write(f"{os.getpid()}\n")

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from repcodec.checkpoint import FILES, read_config, save_folder
 from repcodec.errors import RepCodecError, first_line
@@ -53,7 +53,7 @@ def local_folder(name: Path | str, revision: str | None = None) -> Path:
 
 
 def push(
-    config: dict,
+    config: dict[str, Any],
     tensors: "dict[str, Tensor]",
     repo_id: str,
     *,

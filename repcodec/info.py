@@ -2,8 +2,10 @@
 
 from math import log2
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from tqdm import tqdm
 
 from repcodec.architecture import FRAME_RATE, Architecture
@@ -76,7 +78,7 @@ def _tokenizer(folder: Path) -> list[tuple[str, str]]:
     return rows
 
 
-def _source(config: dict) -> str:
+def _source(config: dict[str, Any]) -> str:
     return f"{config['encoder']}, layer {config.get('layer')}" if config.get("encoder") else "of an unknown encoder"
 
 
@@ -87,7 +89,8 @@ def _parameters(folder: Path) -> str:
     path = folder / "model.safetensors"
     try:
         with safe_open(path, framework="np") as file:
-            sizes = {name: int(np.prod(file.get_slice(name).get_shape())) for name in file.keys()}  # noqa: SIM118
+            names = file.keys()  # the file itself is no mapping
+            sizes = {name: int(np.prod(file.get_slice(name).get_shape())) for name in names}
     except (OSError, SafetensorError) as error:
         raise RepCodecError(f"{path}: the weights cannot be read ({error}); save or download them again.") from error
     trained = sum(size for name, size in sizes.items() if name.startswith(("encoder.", "decoder.")))
@@ -113,7 +116,7 @@ def _shards(folder: Path) -> list[tuple[str, str]]:
 def _tokens(path: Path) -> list[tuple[str, str]]:
     about = read_about(path)
     rate = about.get("codes_per_second", FRAME_RATE)
-    counts: list[np.ndarray] = []
+    counts: list[npt.NDArray[np.integer]] = []
     num_utterances = total = longest = 0
     first = None
     for tokens in tqdm(read_tokens(path), desc="Reading", unit="utt", leave=False, delay=1):
@@ -150,7 +153,9 @@ MAX_CODE = 2**24
 """A code above this is no code of any codebook, and counting it would fill the memory."""
 
 
-def _added(counts: np.ndarray, codes: np.ndarray, name: str, path: Path) -> np.ndarray:
+def _added(
+    counts: npt.NDArray[np.integer], codes: npt.NDArray[np.int64], name: str, path: Path
+) -> npt.NDArray[np.intp]:
     """Add the codes (N,) of an utterance to the counts of each code."""
     if codes.size and codes.max() > MAX_CODE:
         raise RepCodecError(f"{path}, {name}: code {codes.max()} is larger than any codebook; make the file again.")

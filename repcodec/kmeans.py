@@ -1,6 +1,7 @@
 """The baseline: k-means over single frames, behind the same tokenizer contract as the codec."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ class KMeansTokenizer(nn.Module):
         super().__init__()
         self.codebook_size, self.dim = centroids.shape
         self.output_dim = self.dim
-        self.about: dict = {}
+        self.about: dict[str, Any] = {}
         self.register_buffer("centroids", centroids)
 
     @property
@@ -44,11 +45,11 @@ class KMeansTokenizer(nn.Module):
         """Where it runs."""
         return next(self.buffers()).device
 
-    def config(self) -> dict:
+    def config(self) -> dict[str, Any]:
         """Return what config.json says."""
         return {"kind": "kmeans", "dim": self.dim, "codebook_size": self.codebook_size, **self.about}
 
-    def save_pretrained(self, folder: Path | str, about: dict | None = None) -> None:
+    def save_pretrained(self, folder: Path | str, about: dict[str, Any] | None = None) -> None:
         """Save the centroids: config.json, model.safetensors and a model card.
 
         Raises:
@@ -114,10 +115,19 @@ class KMeansTokenizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, features: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """(B, T, D) and valid frames (B,) -> codes (B, 1, T), `NO_CODE` beyond the lengths."""
-        codes = nearest_code(features.flatten(0, 1), self.centroids).view(features.shape[:2])
+        """(B, T, D) and valid frames (B,) -> codes (B, 1, T), `NO_CODE` beyond the lengths.
+
+        Raises:
+            RepCodecError: features of another width or shape.
+        """
+        if features.ndim != 3 or features.shape[2] != self.dim:
+            raise RepCodecError(
+                f"features of shape {tuple(features.shape)}: the k-means model takes (B, T, {self.dim}); they are of "
+                "another speech encoder."
+            )
+        codes = nearest_code(features.flatten(0, 1).to(self.centroids.dtype), self.centroids).view(features.shape[:2])
         if lengths is not None:
-            codes = codes.masked_fill(~frame_mask(lengths, features.shape[1]), NO_CODE)
+            codes = codes.masked_fill(~frame_mask(torch.as_tensor(lengths), features.shape[1]), NO_CODE)
         return codes[:, None]
 
     @torch.no_grad()

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from repcodec.errors import RepCodecError
 from repcodec.label_files import Segments, read_label_files
@@ -93,7 +94,7 @@ class PhoneLabels:
             if folder:
                 self._by_stem.setdefault(stem, []).append(utterance)
 
-    def _bring_together(self, owners: np.ndarray, firsts: np.ndarray) -> None:
+    def _bring_together(self, owners: npt.NDArray[np.int32], firsts: npt.NDArray[np.longlong]) -> None:
         """Put the stretches of each utterance side by side, and note where each utterance's segments begin and end.
 
         Args:
@@ -166,7 +167,9 @@ class PhoneLabels:
             )
         return most[0] if most else None
 
-    def segments(self, utterance: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def segments(
+        self, utterance: str
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.int64]]:
         """Return the segments of an utterance, sorted by start: starts and ends in seconds, and phone indices.
 
         Returns:
@@ -180,7 +183,7 @@ class PhoneLabels:
         part = slice(*self._bounds[place : place + 2]) if key is not None else slice(0, 0)
         return self._starts[part], self._ends[part], self._phones[part].astype(np.int64)
 
-    def frames(self, utterance: str, num_frames: int, frame_rate: float) -> np.ndarray:
+    def frames(self, utterance: str, num_frames: int, frame_rate: float) -> npt.NDArray[np.int64]:
         """Return the phone at the centre of each frame.
 
         Args:

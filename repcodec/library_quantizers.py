@@ -157,7 +157,7 @@ class SimVQQuantizer(_LibraryQuantizer):
         self.dim, self.codebook_size = dim, codebook_size
         self.vq = _package().SimVQ(dim=dim, codebook_size=codebook_size)
 
-    def config(self) -> dict:
+    def config(self) -> dict[str, Any]:
         """Return the arguments that make this quantizer again."""
         return {"codebook_size": self.codebook_size}
 
@@ -189,7 +189,8 @@ class _ProjectedQuantizer(_LibraryQuantizer):
         raise NotImplementedError
 
     def _vectors(self, codes: Tensor) -> Tensor:
-        return self.vq.project_out(nn.functional.embedding(codes, self._codebook()).to(self._dtype))
+        vectors: Tensor = self.vq.project_out(nn.functional.embedding(codes, self._codebook()).to(self._dtype))
+        return vectors
 
     def _place(self, z: Tensor, seed: int) -> None:
         """Project onto the leading principal components, each of variance 1, and back by least squares.
@@ -238,12 +239,13 @@ class FSQQuantizer(_ProjectedQuantizer):
         self.dim, self.codebook_size, self.levels = dim, prod(levels), levels
         self.vq = _package().FSQ(levels, dim=dim)
 
-    def config(self) -> dict:
+    def config(self) -> dict[str, Any]:
         """Return the arguments that make this quantizer again."""
         return {"levels": self.levels}
 
     def _codebook(self) -> Tensor:
-        return self.vq.implicit_codebook
+        codebook: Tensor = self.vq.implicit_codebook
+        return codebook
 
     def _codes(self, rows: Tensor) -> Tensor:
         return self._quantize(rows)[1]
@@ -294,7 +296,7 @@ class LFQQuantizer(_ProjectedQuantizer):
         # Follows from V, and codecs on disk hold weights alone.
         self.vq.register_buffer("mask", self.vq.mask, persistent=False)
 
-    def config(self) -> dict:
+    def config(self) -> dict[str, Any]:
         """Return the arguments that make this quantizer again."""
         return {
             "codebook_size": self.codebook_size,
@@ -303,10 +305,12 @@ class LFQQuantizer(_ProjectedQuantizer):
         }
 
     def _codebook(self) -> Tensor:
-        return self.vq.codebook
+        codebook: Tensor = self.vq.codebook
+        return codebook
 
     def _codes(self, rows: Tensor) -> Tensor:
-        return (self.vq.project_in(rows).gt(0) * self.vq.mask).sum(-1)
+        codes: Tensor = (self.vq.project_in(rows).gt(0) * self.vq.mask).sum(-1)
+        return codes
 
     def _quantize(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         projected, codes = self.vq.project_in(rows), self._codes(rows)
@@ -329,7 +333,8 @@ class LFQQuantizer(_ProjectedQuantizer):
         total = sum_over_ranks(torch.cat([choice.probs.detach().sum(0), mean.new_full((1,), len(projected))]))
         mean = mean + (total[:-1] / total[-1].clamp(min=1) - mean).detach()
         used = Categorical(probs=mean, validate_args=False).entropy()
-        return choice.entropy().sum() / max(1, len(projected)) - used
+        loss: Tensor = choice.entropy().sum() / max(1, len(projected)) - used
+        return loss
 
 
 QUANTIZERS: dict[str, type[Quantizer]] = {

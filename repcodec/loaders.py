@@ -7,12 +7,13 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from repcodec.mixture import row_pattern
 
 
-class CropSampler(Sampler):
+class CropSampler(Sampler[list[tuple[int, int]]]):
     """Random crops in an endless random order, cut into batches; only this rank's rows are given.
 
     The order is one shuffle of the utterances after another, each used up before the next, so all batches
@@ -26,13 +27,13 @@ class CropSampler(Sampler):
 
     def __init__(
         self,
-        lengths: np.ndarray,
+        lengths: npt.NDArray[np.int64],
         num_frames: int,
         batch_size: int,
         seed: int,
         rank: int,
         world_size: int,
-        folder_of: np.ndarray | None = None,
+        folder_of: npt.NDArray[np.integer] | None = None,
         weights: Sequence[int] = (1,),
     ):
         """Take what decides the batches.
@@ -82,7 +83,7 @@ class CropSampler(Sampler):
                 starts[here[these]] = where[index[these]] * (room + (room > 0))
         return list(zip(chosen.tolist(), starts.tolist(), strict=True))
 
-    def _shuffle(self, folder: int, shuffle: int) -> tuple[np.ndarray, np.ndarray]:
+    def _shuffle(self, folder: int, shuffle: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]]:
         """Return a folder's utterances in the order of one of its shuffles, and where each is cropped, 0 to 1."""
         kept = self._shuffles[folder]
         if kept[0] != shuffle:
@@ -92,7 +93,7 @@ class CropSampler(Sampler):
         return kept[1:]
 
 
-class ResumableLoader(DataLoader):
+class ResumableLoader(DataLoader[Any]):
     """A DataLoader over a sampler with a `position`; its state is the number of batches given out.
 
     Attributes:
@@ -114,11 +115,11 @@ class ResumableLoader(DataLoader):
     def _read(self) -> Iterator[Any]:
         return super().__iter__()
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """Return the state that Lightning puts into a checkpoint."""
         return {"position": self.sampler.position}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after the batches of a checkpoint."""
         self.sampler.position = state["position"]
 
@@ -126,7 +127,7 @@ class ResumableLoader(DataLoader):
 class ReadAheadLoader(ResumableLoader):
     """Reads ahead in threads: copying what is mapped needs no process of its own, and no way back from it."""
 
-    def __init__(self, dataset: Dataset, sampler: Sampler, num_threads: int):
+    def __init__(self, dataset: Dataset[Any], sampler: Sampler[Any], num_threads: int):
         """Take a dataset of batches and how many of them are made at once; 0: each when it is asked for."""
         super().__init__(dataset, sampler=sampler, batch_size=None)
         self.num_threads = num_threads
@@ -137,7 +138,7 @@ class ReadAheadLoader(ResumableLoader):
             return
         # Threads draw the crops too, so that this one, which trains, has nothing to do but take the batches.
         with ThreadPoolExecutor(self.num_threads) as pool:
-            ahead: deque[Future] = deque()
+            ahead: deque[Future[Any]] = deque()
             for number in range(self.sampler.position, len(self.sampler)):
                 ahead.append(pool.submit(self._make, number))
                 if len(ahead) > self.num_threads:

@@ -73,6 +73,22 @@ def read_table(path: Path, step: int) -> tuple[list[str], list[dict[str, str]]]:
     return columns, [{name: row[name] for name in columns} for row in rows]
 
 
+def read_validations(path: Path) -> list[dict[str, float]]:
+    """Return the rows of a validations.csv, without its empty cells; none where there is no such file.
+
+    Raises:
+        RepCodecError: it cannot be read.
+    """
+    if not path.is_file():
+        return []
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+        return [{**row, "step": int(row["step"])} for row in rows]
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, csv.Error) as error:
+        raise RepCodecError(f"{path}: not a readable table of validations ({error!r}); remove it.") from error
+
+
 def _identify(logger: WandbLogger, file: Path, new: bool) -> None:
     """Give W&B's run the id that its folder holds, one of its own when it begins."""
     if new or not file.is_file():

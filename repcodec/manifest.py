@@ -15,6 +15,7 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from tqdm import tqdm
 
 from repcodec.audio import find_sound_files, num_samples_at_16khz, read_audio
@@ -79,7 +80,7 @@ class SoundList:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def waveform(self, utterance: int) -> np.ndarray:
+    def waveform(self, utterance: int) -> npt.NDArray[np.float32]:
         """Return the (S,) float32 waveform of an utterance at 16 kHz.
 
         Raises:
@@ -175,7 +176,7 @@ class Manifest(SoundList):
             raise RepCodecError(f"{path}: the manifest lists no utterance; `repcodec manifest FOLDER` makes one.")
         return cls(Path(lines[0]), list(paths), list(paths.values()), skipped)
 
-    def waveform(self, utterance: int) -> np.ndarray:
+    def waveform(self, utterance: int) -> npt.NDArray[np.float32]:
         """Read an utterance's file; see `SoundList`."""
         path = self.root / self.paths[utterance]
         waveform = read_audio(path)
@@ -193,24 +194,40 @@ class Manifest(SoundList):
         return Manifest(self.root, self.paths[start:stop], self.num_samples[start:stop], skipped)
 
 
-def list_sounds(paths: Sequence[Path]) -> Manifest:
+def list_sounds(paths: Sequence[Path], skip_bad: bool = False) -> Manifest:
     """List sound files in the order given; their root is the deepest folder that holds them all.
 
+    Args:
+        paths: of the files.
+        skip_bad: leave out unreadable files and note them in `skipped`, instead of refusing the first.
+
     Raises:
-        RepCodecError: one is unreadable, a folder, has a name that a line cannot hold, or the id of another one.
+        RepCodecError: none is usable, or one is unreadable, a folder, has a name that a line cannot hold, or the id
+            of another one.
     """
     for path in paths:
         if path.is_dir():
             raise RepCodecError(f"{path} is a folder: give one folder alone, or sound files.")
     files = [path.expanduser().resolve() for path in paths]
     root = Path(os.path.commonpath([path.parent for path in files]))
-    names: dict[str, str] = {}
+    ids: set[str] = set()
+    listed: dict[str, int] = {}
+    skipped: dict[str, str] = {}
     for path in files:
         name = path.relative_to(root).as_posix()
         check_lines(name)
-        if names.setdefault(utterance_id(name), name) != name or list(files).count(path) > 1:
+        if utterance_id(name) in ids:
             raise RepCodecError(f"{path}: has the id of another one; ids are paths without endings, rename one.")
-    return Manifest(root, list(names.values()), [num_samples_at_16khz(path) for path in files])
+        ids.add(utterance_id(name))
+        try:
+            listed[name] = num_samples_at_16khz(path)
+        except RepCodecError as error:
+            if not skip_bad:
+                raise
+            skipped[name] = str(error)
+    if not listed:
+        raise RepCodecError(f"{root}: none of the {len(files)} sound files can be read: {next(iter(skipped.values()))}")
+    return Manifest(root, list(listed), list(listed.values()), skipped)
 
 
 def make_manifest(folder: Path | str, skip_bad: bool = False) -> Manifest:

@@ -5,8 +5,10 @@ Axes: B batch, T frames, D feature width, K codebooks, V codes a codebook.
 
 import math
 import zlib
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from scipy.sparse import csr_array
 from torch import Tensor
@@ -190,8 +192,8 @@ class PhoneBootstrap(Metric):
         self.replicates = min(self.REPLICATES, self.MOST_COUNTS // (num_phones * codebook_size))
         zeros = torch.zeros(num_phones * codebook_size, self.replicates, dtype=torch.float64)
         self.add_state("joints", zeros, dist_reduce_fx="sum")
-        self._pairs: list[np.ndarray] = []
-        self._weights: list[np.ndarray] = []
+        self._pairs: list[npt.NDArray[np.int64]] = []
+        self._weights: list[npt.NDArray[np.float64]] = []
         self._waiting = 0
 
     def update(self, utterance: str, phones: Tensor, codes: Tensor) -> None:
@@ -212,7 +214,7 @@ class PhoneBootstrap(Metric):
             self.joints += torch.from_numpy(counts @ np.stack(self._weights))
         self._pairs, self._weights, self._waiting = [], [], 0
 
-    def sync(self, *args, **kwargs) -> None:
+    def sync(self, *args: Any, **kwargs: Any) -> None:
         """Count what waits, then add up over ranks."""
         self._count()
         super().sync(*args, **kwargs)
@@ -249,7 +251,7 @@ class UtteranceRatio(Metric):
         return float(ratios[0]), deviations(ratios[1:])
 
 
-def replicate_weights(utterance: str, replicates: int) -> np.ndarray:
+def replicate_weights(utterance: str, replicates: int) -> npt.NDArray[np.float64]:
     """Return how often each replicate of a bootstrap counts an utterance, (replicates,) float64, from its id alone."""
     return np.random.default_rng(zlib.crc32(utterance.encode())).poisson(1, replicates).astype(np.float64)
 

@@ -4,8 +4,10 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from math import gcd, lcm
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from repcodec.errors import RepCodecError
 from repcodec.shards import FeatureShards
@@ -40,7 +42,7 @@ def whole_weights(weights: Mapping[str, float | str]) -> list[int]:
     return whole
 
 
-def row_pattern(weights: Sequence[int]) -> np.ndarray:
+def row_pattern(weights: Sequence[int]) -> npt.NDArray[np.intp]:
     """Return which folder each of sum(weights) rows is drawn from, each folder's rows spread evenly."""
     folders = np.repeat(np.arange(len(weights)), weights)
     places = np.concatenate([(np.arange(weight) + 0.5) / weight for weight in weights])
@@ -63,12 +65,12 @@ class FeatureMix(FeatureShards):
         super().__init__(folders, dim)
         self.weights = list(weights)
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[type[FeatureShards], tuple[Any, ...]]:
         """See `FeatureShards`."""
         (folders, dim) = super().__reduce__()[1]
         return FeatureMix, (folders, self.weights, dim)
 
-    def sample(self, num_frames: int) -> np.ndarray:
+    def sample(self, num_frames: int) -> npt.NDArray[np.float32]:
         """Return as many frames, of each folder by weight, evenly spaced over it; no more than there are in all.
 
         The frames of a folder too small for its weight come several times.
@@ -87,7 +89,7 @@ class FeatureMix(FeatureShards):
             parts.append(rows[np.arange(wanted) * len(rows) // wanted])
         return np.concatenate(parts)
 
-    def by_weight(self, seed: int) -> np.ndarray:
+    def by_weight(self, seed: int) -> npt.NDArray[np.intp]:
         """Return whole utterances, of each folder so many that its frames are there by weight, of it all in all.
 
         From a folder too large for its weight random utterances are left out; those of one too small come several

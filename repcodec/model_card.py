@@ -23,7 +23,7 @@ FIGURES = {
 """What the figures of config.json mean; others stand under their names."""
 
 
-def model_card(config: dict, name: str | None = None) -> str:
+def model_card(config: dict[str, Any], name: str | None = None) -> str:
     """Return the card of a saved codec or k-means model, as Markdown with YAML front matter.
 
     It names no folder of this machine.
@@ -61,7 +61,7 @@ def is_hub_id(name: object) -> bool:
     return re.fullmatch(f"{part}/{part}", str(name)) is not None and not Path(str(name)).exists()
 
 
-def public(config: dict) -> dict:
+def public(config: dict[str, Any]) -> dict[str, Any]:
     """Return what of a config.json may leave this machine: all but the names of its folders."""
     private = {"features"} if is_hub_id(config.get("encoder_model")) else {"features", "encoder_model"}
     return {key: value for key, value in config.items() if key not in private}
@@ -83,7 +83,7 @@ def _figure(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _names(config: dict) -> tuple[str, str]:
+def _names(config: dict[str, Any]) -> tuple[str, str]:
     """Return what the folder holds and what it codes, in words, as Markdown."""
     kinds = {"repcodec": "RepCodec", "kmeans": "k-means"}
     kind = config.get("kind")
@@ -94,7 +94,7 @@ def _names(config: dict) -> tuple[str, str]:
     return f"{kinds.get(str(kind), plain(kind))}{several}{size}", features + layer
 
 
-def _facts(config: dict) -> dict[str, Any]:
+def _facts(config: dict[str, Any]) -> dict[str, Any]:
     """Return the rows of the table of facts, as far as the config knows them."""
     shown = public(config)
     model = f" ({shown['encoder_model']})" if "encoder_model" in shown else ""
@@ -116,7 +116,7 @@ def _facts(config: dict) -> dict[str, Any]:
     return facts | {"made with": f"repcodec {config.get('repcodec_version', '')}".strip()}
 
 
-def _rates(config: dict) -> dict[str, str]:
+def _rates(config: dict[str, Any]) -> dict[str, str]:
     """Return the rows of what is computed: widths, codes and bits a second, and how far a code looks ahead."""
     kind, rate = config.get("kind"), config.get("frame_rate")
     books: Any = 1 if kind == "kmeans" else config.get("codebook_num")
@@ -143,7 +143,7 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
 
 
-def _architecture(config: dict) -> Architecture | None:
+def _architecture(config: dict[str, Any]) -> Architecture | None:
     """Return the shape of a codec; None where the config describes none that could be."""
     options = {field.name: config[field.name] for field in fields(Architecture) if field.name in config}
     try:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from repcodec.codec import CodecOutput, RepCodec
 from repcodec.data import Batch
-from repcodec.errors import RepCodecError
+from repcodec.errors import RepCodecError, first_line
 from repcodec.metrics import CodeUsage, NormalizedError, reconstruction_loss
 from repcodec.numerics import explain_not_finite, gradient_norm
 from repcodec.quantizers import sum_over_ranks
@@ -120,7 +120,7 @@ class CodecModule(L.LightningModule):
         norm = gradient_norm(self.codec)
         if not torch.isfinite(norm + self._total) and not self._probing():  # the one wait for the device
             context = self.trainer.precision_plugin.forward_context()
-            ids = self.trainer.datamodule.train.ids  # type: ignore[attr-defined]  # Lightning sets it on attach
+            ids = self.trainer.datamodule.train_ids  # type: ignore[attr-defined]  # Lightning sets it on attach
             raise explain_not_finite(self.global_step, self.codec, self._batches, ids, context)
         self._batches, self._total = [], torch.zeros((), device=norm.device)
         self.log("train/gradient_norm", norm)
@@ -167,6 +167,14 @@ class CodecModule(L.LightningModule):
         self.train_usage.reset()
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """Make optimizer and schedule."""
-        optimizer = self.optimizer(self.codec.parameters())
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}
+        """Make optimizer and schedule.
+
+        Raises:
+            RepCodecError: they do not take their options.
+        """
+        try:
+            optimizer = self.optimizer(self.codec.parameters())
+            scheduler = self.scheduler(optimizer)
+        except (TypeError, ValueError) as error:
+            raise RepCodecError(f"optimizer or scheduler: an option does not fit ({first_line(error)}).") from error
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

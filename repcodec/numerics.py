@@ -24,7 +24,11 @@ def gradient_norm(module: nn.Module) -> Tensor:
 
 
 def explain_not_finite(
-    step: int, codec: RepCodec, batches: Sequence[Batch], ids: Sequence[str] | None, context: AbstractContextManager
+    step: int,
+    codec: RepCodec,
+    batches: Sequence[Batch],
+    ids: Sequence[str] | None,
+    context: AbstractContextManager[Any],
 ) -> RepCodecError:
     """Find out what is not finite in a step whose loss or gradient is not; every rank has to call it, all agree.
 

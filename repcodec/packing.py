@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from itertools import chain
 from threading import Barrier
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ class Tokenizer(Protocol):
 
     dim: int
     output_dim: int
-    about: dict
+    about: dict[str, Any]
 
     @property
     def stride(self) -> int:

@@ -65,7 +65,8 @@ def weights_of(path: Path, name: str, tensor: Any) -> "Tensor":
     plain = isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.layout == torch.strided
     if not plain or tensor.device.type != "cpu":
         raise RepCodecError(f"{path}: {name} is no tensor of weights (found {kind}); use another file.")
-    return tensor.detach()
+    detached: Tensor = tensor.detach()
+    return detached
 
 
 def check_bytes(path: Path | str, tensors: "dict[str, Tensor]") -> None:
@@ -78,7 +79,7 @@ def check_bytes(path: Path | str, tensors: "dict[str, Tensor]") -> None:
         raise RepCodecError(f"{path}: its tensors have more bytes than the file; it is no codec, use another one.")
 
 
-def plain_config(path: Path, described: Any) -> dict:
+def plain_config(path: Path, described: Any) -> dict[str, Any]:
     """Return a checkpoint's description of a codec, as it would come back from config.json.
 
     Raises:

@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -96,12 +97,12 @@ class TokenizedSpeech:
 
     Attributes:
         codes: (K, N) int64.
-        frame_rate: codes per second of each codebook.
+        codes_per_second: codes a second of each codebook.
         duration: seconds of sound.
     """
 
     codes: Tensor
-    frame_rate: float
+    codes_per_second: float
     duration: float
 
 
@@ -110,13 +111,13 @@ class SpeechTokenizer:
 
     Attributes:
         tokenizer: a codec or a k-means model, in evaluation mode.
-        frame_rate: codes per second.
+        codes_per_second: codes a second.
     """
 
     def __init__(self, tokenizer: RepCodec | KMeansTokenizer, model: Path | str | None = None):
         """Take a tokenizer on its device, and where the speech encoder's weights are; see `load_encoder_of`."""
         self.tokenizer, self._model = tokenizer, model
-        self.frame_rate = tokenizer.about.get("frame_rate", FRAME_RATE) / tokenizer.stride
+        self.codes_per_second = tokenizer.about.get("frame_rate", FRAME_RATE) / tokenizer.stride
 
     @classmethod
     def from_pretrained(
@@ -145,7 +146,9 @@ class SpeechTokenizer:
         return load_encoder_of(self.tokenizer, self._model).to(self.tokenizer.device)
 
     @torch.inference_mode()
-    def __call__(self, sound: Path | str | np.ndarray | Tensor, sample_rate: int | None = None) -> TokenizedSpeech:
+    def __call__(
+        self, sound: Path | str | npt.NDArray[np.floating] | Tensor, sample_rate: int | None = None
+    ) -> TokenizedSpeech:
         """Tokenize one sound.
 
         Args:
@@ -166,9 +169,9 @@ class SpeechTokenizer:
         if len(features) == 0:
             raise RepCodecError(f"{source}: {len(waveform)} samples at 16 kHz are too short for one frame.")
         (codes,) = encode_packed(self.tokenizer, [features])
-        return TokenizedSpeech(codes.T.cpu(), self.frame_rate, len(waveform) / SAMPLE_RATE)
+        return TokenizedSpeech(codes.T.cpu(), self.codes_per_second, len(waveform) / SAMPLE_RATE)
 
-    def stream(self, chunks: Iterable[Tensor | np.ndarray]) -> Iterator[Tensor]:
+    def stream(self, chunks: Iterable[Tensor | npt.NDArray[np.floating]]) -> Iterator[Tensor]:
         """Code features as they come: the same codes as offline, as soon as what they look ahead to has come.
 
         Args:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from rapidfuzz.distance import Levenshtein
 from torch import Tensor, nn
@@ -54,7 +55,11 @@ class ProbeData:
 
 
 def probe_data(
-    labels: PhoneLabels, utterances: Sequence[str], inputs: Iterable[Tensor | np.ndarray], rate: float, source: object
+    labels: PhoneLabels,
+    utterances: Sequence[str],
+    inputs: Iterable[Tensor | npt.NDArray[np.number]],
+    rate: float,
+    source: object,
 ) -> ProbeData:
     """Put together what the probe is trained or scored on.
 

@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -89,7 +91,7 @@ class Quantizer(nn.Module):
         """Place the first codes on the vectors z (N, C) of rank 0; every rank gets the same codes."""
         raise NotImplementedError
 
-    def config(self) -> dict:
+    def config(self) -> dict[str, Any]:
         """Return the arguments besides `dim` that make this quantizer again, plain values."""
         raise NotImplementedError
 
@@ -106,7 +108,7 @@ def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
     return torch.cat(blocks)
 
 
-def fit_centroids(frames: np.ndarray, num_centroids: int, seed: int = 0) -> np.ndarray:
+def fit_centroids(frames: npt.NDArray[np.floating], num_centroids: int, seed: int = 0) -> npt.NDArray[np.float32]:
     """Fit k-means to convergence: mini-batches first, then full passes until the error stops falling.
 
     Args:
@@ -137,8 +139,8 @@ def fit_centroids(frames: np.ndarray, num_centroids: int, seed: int = 0) -> np.n
         warnings.simplefilter("ignore", ConvergenceWarning)  # repeated frames: fewer distinct points than codes
         rough.fit(frames)
         exact = KMeans(num_centroids, init=rough.cluster_centers_, n_init=1, max_iter=100, tol=1e-5, random_state=seed)
-        exact.fit(frames)
-    return exact.cluster_centers_.astype(np.float32)
+        centroids: npt.NDArray[np.float32] = exact.fit(frames).cluster_centers_.astype(np.float32)
+    return centroids
 
 
 def several_ranks() -> bool:
@@ -316,7 +318,7 @@ class EMAQuantizer(Quantizer):
         """Return the codebooks, in the order in which they quantize."""
         return list(self.codebooks)  # type: ignore[arg-type]  # nn.ModuleList tells no type
 
-    def config(self) -> dict:
+    def config(self) -> dict[str, Any]:
         """Return the arguments that make this quantizer again."""
         return {
             "codebook_size": self.codebook_size,
@@ -328,8 +330,7 @@ class EMAQuantizer(Quantizer):
     def forward(self, z: Tensor, mask: Tensor) -> QuantizerOutput:
         """Quantize (B, T, C) where mask (B, T) is True; in training, note the statistics of the step."""
         valid = self._valid(z, mask)
-        residual, quantized, codes = valid, torch.zeros_like(valid), []
-        loss = valid.new_zeros(())
+        residual, quantized, codes, loss = valid, torch.zeros_like(valid), [], valid.new_zeros(())
         for codebook in self._books():
             vectors, chosen = codebook.quantize(residual)
             if self.training:
@@ -337,8 +338,7 @@ class EMAQuantizer(Quantizer):
             # A sum over its number, not a mean: without a single valid frame the loss is 0 and still has a gradient.
             loss = loss + nn.functional.mse_loss(residual, vectors, reduction="sum") / max(1, residual.numel())
             through = self._through(residual, vectors)
-            quantized = quantized + through
-            residual = residual - through
+            quantized, residual = quantized + through, residual - through
             codes.append(chosen)
         return QuantizerOutput(spread(quantized, mask, 0).to(z.dtype), spread_codes(codes, mask), loss)
 

@@ -199,25 +199,3 @@ def _base64(data: bytes) -> str:
 
 def _sha256(text: str) -> str:
     return _base64(hashlib.sha256(text.encode()).digest())
-
-
-def read_curve(logs: Path) -> list[tuple[int, float]]:
-    """Return (step, normalized error) of every validation in the metrics.csv files below a run's logs.
-
-    A resumed run goes on in a file of its own; one that begins at step 0 makes those before it void.
-
-    Raises:
-        RepCodecError: one cannot be read.
-    """
-    points: dict[int, float] = {}
-    for path in sorted(logs.glob("version_*/metrics.csv"), key=lambda path: path.stat().st_mtime):
-        try:
-            with open(path, encoding="utf-8", newline="") as file:
-                for row in csv.DictReader(file):
-                    if row.get("valid/normalized_error"):
-                        if row["step"] == "0":
-                            points.clear()
-                        points[int(row["step"])] = float(row["valid/normalized_error"])
-        except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
-            raise RepCodecError(f"{path}: not a readable table of a training ({error!r}); remove it.") from error
-    return sorted(points.items())

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
+from sklearn.isotonic import isotonic_regression
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,7 +74,9 @@ def draw_plot(name: str, title: str, note: str, draw: Callable[[], "Figure"]) ->
     return Plot(name, title, note, png.getvalue(), text.encode(), dark.encode())
 
 
-def new_figure(height: float, top: float = 0.1, left: float = 0.7, right: float = 0.15, rows: int = 1, **options):
+def new_figure(
+    height: float, top: float = 0.1, left: float = 0.7, right: float = 0.15, rows: int = 1, **options: Any
+) -> tuple["Figure", Any]:
     """Return a figure of the width of all, and its axes, several as an array.
 
     The layout is fixed: to let matplotlib find one takes several times as long as drawing.
@@ -122,14 +126,8 @@ def shortened(name: str, most: int = 24) -> str:
     return name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-most // 2 :]}"
 
 
-def spread(places: np.ndarray, gap: float) -> np.ndarray:
+def spread(places: npt.NDArray[np.float64], gap: float) -> npt.NDArray[np.float64]:
     """Return sorted places moved as little as puts `gap` between neighbours; those that touch move as one group."""
-    groups = [[place] for place in places]
-    while True:
-        spans = [(np.mean(group) - gap * (len(group) - 1) / 2, len(group)) for group in groups]
-        close = next(
-            (i for i in range(1, len(spans)) if spans[i][0] < spans[i - 1][0] + gap * spans[i - 1][1] - 1e-9), None
-        )
-        if close is None:
-            return np.array([start + gap * i for start, size in spans for i in range(size)])
-        groups[close - 1 : close + 1] = [groups[close - 1] + groups[close]]
+    steps = gap * np.arange(len(places))
+    moved: npt.NDArray[np.float64] = isotonic_regression(places - steps) + steps if len(places) else places
+    return moved

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from repcodec.labels import SILENCES
 from repcodec.report_tables import families, preferred
@@ -122,7 +123,7 @@ def _block(start: float, end: float, text: str, tone: str, title: str) -> Block:
 
 
 def _runs(
-    codes: np.ndarray,
+    codes: npt.NDArray[np.int64],
     rate: float,
     duration: float,
     result: Result | None,
@@ -146,7 +147,7 @@ def _runs(
         yield _block(start / rate, min(stop / rate, duration), str(code), tone, title)
 
 
-def _outline(sound: np.ndarray, width: float) -> str:
+def _outline(sound: npt.NDArray[np.float32], width: float) -> str:
     """Return an SVG path around the samples, highest and lowest of every one and a half pixels."""
     columns = max(1, min(len(sound), int(width / 1.5)))
     edges = np.linspace(0, len(sound), columns + 1).astype(int)[:-1]
@@ -160,7 +161,7 @@ def _outline(sound: np.ndarray, width: float) -> str:
     return "M" + "L".join([*above, *below[::-1]]) + "Z"
 
 
-def _flac(sound: np.ndarray) -> str:
+def _flac(sound: npt.NDArray[np.float32]) -> str:
     import soundfile
 
     buffer = io.BytesIO()

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from repcodec.report_drawing import RULE, Plot, draw_plot, new_figure, percent, shortened, side_labels
 from repcodec.report_rates import COMPARED, names_figure, points_of, rate_figure
@@ -126,7 +127,7 @@ def usage_figure(kinds: list[Family]) -> "Figure":
     return figure
 
 
-def phone_figure(joint: np.ndarray, phones: list[str]) -> "Figure":
+def phone_figure(joint: npt.NDArray[np.int64], phones: list[str]) -> "Figure":
     """Draw P(phone | code): phones from the most frequent down, codes grouped by their commonest phone.
 
     Args:
@@ -161,9 +162,10 @@ def phone_figure(joint: np.ndarray, phones: list[str]) -> "Figure":
     return figure
 
 
-def _fewer_columns(image: np.ndarray, columns: int) -> np.ndarray:
+def _fewer_columns(image: npt.NDArray[np.float64], columns: int) -> npt.NDArray[np.float64]:
     """Average the columns of an image into fewer, each by how much of it falls into which."""
     total = np.concatenate([np.zeros((len(image), 1)), image.cumsum(1)], 1)
     cuts = np.linspace(0, image.shape[1], columns + 1)
     at_cuts = np.stack([np.interp(cuts, np.arange(total.shape[1]), row) for row in total])
-    return np.diff(at_cuts, axis=1) / (image.shape[1] / columns)
+    averaged: npt.NDArray[np.float64] = np.diff(at_cuts, axis=1) / (image.shape[1] / columns)
+    return averaged

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from repcodec.report_drawing import INK, MARKERS, MUTED, new_figure, percent, shortened
 from repcodec.report_tables import Family, interval, number
@@ -25,6 +26,9 @@ COMPARED = {
 
 SHARES = ("phone_error_rate", "abx_across")
 """Which of them are written in percent."""
+
+Point = tuple[float, float, str, tuple[float, float] | None]
+"""Bits per second, figure, size and interval of a tokenizer."""
 
 
 def rate_figure(kinds: list[Family], ceiling: Row | None, field: str) -> "Figure":
@@ -112,7 +116,7 @@ def names_figure(kinds: list[Family], ceiling: Row | None, field: str) -> "Figur
     return figure
 
 
-def points_of(kind: Family, field: str) -> list[tuple[float, float, str, tuple[float, float] | None]]:
+def points_of(kind: Family, field: str) -> list[Point]:
     """Return of each member for which both are known bits per second, figure, size and interval, by rate."""
     points = []
     for size, result in kind.members:
@@ -122,7 +126,7 @@ def points_of(kind: Family, field: str) -> list[tuple[float, float, str, tuple[f
     return sorted(points, key=lambda point: point[0])
 
 
-def _point_labels(axes: "Axes", lines: list[tuple[Family, list]]) -> None:
+def _point_labels(axes: "Axes", lines: list[tuple[Family, list[Point]]]) -> None:
     """Write the sizes around the points, each where it covers least of the lines and of the names before it.
 
     Args:
@@ -152,7 +156,7 @@ def _point_labels(axes: "Axes", lines: list[tuple[Family, list]]) -> None:
             )  # fmt: skip
 
 
-def _dense(line: np.ndarray) -> np.ndarray:
+def _dense(line: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Return places (N, 2) two points apart along a line of corners (M, 2)."""
     parts = [line[:1]]
     for start, end in itertools.pairwise(line):

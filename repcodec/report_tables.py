@@ -2,8 +2,9 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -30,7 +31,7 @@ class Column:
     heading: str
     meaning: str
     form: str
-    best: Callable | None = None
+    best: Callable[[Iterable[Any]], Any] | None = None
     key: str | None = None
 
     @property
@@ -41,7 +42,8 @@ class Column:
     @property
     def better(self) -> str:
         """Say which figures are better: "lower", "higher", or nothing."""
-        return {min: "lower", max: "higher"}.get(self.best, "") if self.best else ""
+        ways: dict[object, str] = {min: "lower", max: "higher"}
+        return ways.get(self.best, "") if self.best else ""
 
     @property
     def arrow(self) -> str:
@@ -151,12 +153,21 @@ def tables(results: list[Result]) -> list[Table]:
         groups |= {title: filled} if filled else {}
     flat = {column.name: column for columns in groups.values() for column in columns}
     overview = [flat[name] for name in OVERVIEW if name in flat]
-    made = [("Overview", "", overview), *((title, ABOUT[title], columns) for title, columns in groups.items())]
+    about = ABOUT | {"ABX": f"{ABOUT['ABX']} {_abx_items(rows)}"}
+    made = [("Overview", "", overview), *((title, about[title], columns) for title, columns in groups.items())]
     return [
-        Table(title, about, columns, [[line[i] for line in cells] for i in range(len(rows))])
-        for title, about, columns in made
+        Table(title, said, columns, [[line[i] for line in cells] for i in range(len(rows))])
+        for title, said, columns in made
         for cells in [[_cells(column, rows) for column in columns]]
     ]
+
+
+def _abx_items(rows: list[Row]) -> str:
+    """Say what ABX compared: the same for all, as long as all were measured on the same utterances."""
+    items = {row.name: f"{row.abx_items:,} {row.abx_kind}s" for row in rows if row.abx_items is not None}
+    if len(set(items.values())) == 1:
+        return f"Compared are {next(iter(items.values()))}."
+    return f"Compared are {', '.join(f'{found} of {name}' for name, found in items.items())}." if items else ""
 
 
 def _widened(column: Column, rows: list[Row]) -> list[Column]:

@@ -6,9 +6,11 @@ Axes: K codebooks, V codes a codebook, N codes an utterance, S samples.
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 from zipfile import ZipFile
 
 import numpy as np
+import numpy.typing as npt
 
 from repcodec.files import atomic_write
 
@@ -35,6 +37,7 @@ class Row:
         pnmi, phone_purity, cluster_purity, v_measure: of the first codebook's codes, 0 to 1; need phone labels.
         abx_within, abx_across: ABX error of the codes within and across speakers, 0 to 1 (chance 0.5).
         abx_reconstruction_within, abx_reconstruction_across: the same of what decodes from them.
+        abx_kind, abx_items: what was compared, "triphone" or "phone", and how many of them; see `AbxItems`.
         unit_edit_distance: by augmentation, edits a code between tokens of clean and of augmented speech.
         phone_error_rate: of the probe on held-out speakers, the mean over its seeds.
         phone_error_rates: one a seed.
@@ -63,6 +66,8 @@ class Row:
     abx_across: float | None = None
     abx_reconstruction_within: float | None = None
     abx_reconstruction_across: float | None = None
+    abx_kind: str | None = None
+    abx_items: int | None = None
     unit_edit_distance: dict[str, float] | None = None
     phone_error_rate: float | None = None
     phone_error_rates: list[float] | None = None
@@ -75,7 +80,7 @@ class Row:
         """Whether this is the row of the features themselves."""
         return self.num_codebooks == 0
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         """Return the figures as plain values, for JSON."""
         return asdict(self)
 
@@ -92,8 +97,8 @@ class Result:
     """
 
     row: Row
-    usage: np.ndarray
-    joint: np.ndarray | None = None
+    usage: npt.NDArray[np.int64]
+    joint: npt.NDArray[np.int64] | None = None
     curve: list[tuple[int, float]] = field(default_factory=list)
 
 
@@ -111,12 +116,12 @@ class Example:
 
     utterance: str
     duration: float
-    sound: np.ndarray | None
+    sound: npt.NDArray[np.float32] | None
     phones: list[tuple[float, float, str]]
-    codes: dict[str, tuple[np.ndarray, float]]
+    codes: dict[str, tuple[npt.NDArray[np.int64], float]]
 
 
-def save_result(result: Result, path: Path, key: dict) -> None:
+def save_result(result: Result, path: Path, key: dict[str, Any]) -> None:
     """Keep a result, so that a run that was stopped goes on after it.
 
     Args:
@@ -135,7 +140,7 @@ def save_result(result: Result, path: Path, key: dict) -> None:
         json.dump({"key": key, "row": result.row.as_dict(), "curve": result.curve}, file, indent=1)
 
 
-def load_result(path: Path, key: dict) -> Result | None:
+def load_result(path: Path, key: dict[str, Any]) -> Result | None:
     """Return a result that was kept; None where there is none of this key, or a damaged one."""
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
@@ -159,7 +164,7 @@ def load_result(path: Path, key: dict) -> Result | None:
 def _are_figures(row: Row) -> bool:
     """Say whether the values of a row read from a file are of the kinds that `Row` names."""
     values = row.as_dict()
-    texts = [values.pop("name"), *values.pop("warnings")]
+    texts = [values.pop("name"), values.pop("abx_kind") or "", *values.pop("warnings")]
     numbers = [bound for bounds in values.pop("intervals").values() for bound in bounds]
     numbers += [*(values.pop("unit_edit_distance") or {}).values(), *(values.pop("phone_error_rates") or [])]
     numbers += [value for value in values.values() if value is not None]

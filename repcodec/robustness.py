@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from rapidfuzz.distance import Levenshtein
 from torch import Tensor
@@ -38,7 +39,7 @@ REVERBERATION_TIME = (0.2, 0.6)
 """Seconds in which a room's sound falls by 60 dB, RT60; by Sabine's formula for its walls."""
 
 
-def augment(name: str, sound: np.ndarray, seed: int) -> np.ndarray:
+def augment(name: str, sound: npt.NDArray[np.float32], seed: int) -> npt.NDArray[np.float32]:
     """Change a sound; what is drawn depends on the seed alone.
 
     Noise is white and mixed in by lhotse, whose are gain and speed too (Ko et al. 2015). A room is a box whose impulse
@@ -80,10 +81,11 @@ def augment(name: str, sound: np.ndarray, seed: int) -> np.ndarray:
         response = _room_response(draw)[None]
         reverb = ReverbWithImpulseResponse(rir_generator=lambda nsource: response)
         samples = reverb(samples, SAMPLE_RATE)
-    return samples[0].astype(np.float32)
+    changed: npt.NDArray[np.float32] = samples[0].astype(np.float32)
+    return changed
 
 
-def _room_response(draw: np.random.Generator) -> np.ndarray:
+def _room_response(draw: np.random.Generator) -> npt.NDArray[np.floating]:
     """Return the impulse response, at 16 kHz, from one place to another in a room, all three drawn."""
     try:
         import pyroomacoustics
@@ -95,7 +97,8 @@ def _room_response(draw: np.random.Generator) -> np.ndarray:
     room.add_source(draw.uniform(0.1, 0.9, 3) * size)
     room.add_microphone(draw.uniform(0.1, 0.9, 3) * size)
     room.compute_rir()
-    return room.rir[0][0]
+    response: npt.NDArray[np.floating] = room.rir[0][0]
+    return response
 
 
 @dataclass
@@ -136,7 +139,7 @@ class UnitEdits:
         return {name: self.edits[name] / self.units for name in AUGMENTATIONS}
 
 
-def count_edits(clean: np.ndarray, augmented: np.ndarray) -> tuple[int, int]:
+def count_edits(clean: npt.NDArray[np.int64], augmented: npt.NDArray[np.int64]) -> tuple[int, int]:
     """Return the edits between two utterances' codes (K, N), and the units of the first.
 
     A unit is a run of frames in which the codes of all codebooks stay the same.
@@ -151,7 +154,7 @@ def count_edits(clean: np.ndarray, augmented: np.ndarray) -> tuple[int, int]:
 def unit_edits(
     encoder: SpeechEncoder,
     tokenizers: Mapping[str, Tokenizer],
-    sounds: Iterable[tuple[str, np.ndarray]],
+    sounds: Iterable[tuple[str, npt.NDArray[np.float32]]],
     seed: int = 0,
 ) -> dict[str, UnitEdits]:
     """Compare the tokens of each sound with those of the same sound augmented, in every way of `AUGMENTATIONS`.
@@ -219,7 +222,7 @@ def _seed(seed: int, *names: str) -> int:
     return int.from_bytes(hashlib.sha256("\n".join([str(seed), *names]).encode()).digest()[:8])
 
 
-def _features(encoder: SpeechEncoder, sounds: list[np.ndarray]) -> list[Tensor]:
+def _features(encoder: SpeechEncoder, sounds: list[npt.NDArray[np.float32]]) -> list[Tensor]:
     """Run the encoder over sounds (S,), as many at once as it takes; return the features (T, D) of each."""
     device = next(encoder.parameters()).device
     waveforms = [torch.from_numpy(sound).to(device) for sound in sounds]

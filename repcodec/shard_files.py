@@ -6,8 +6,10 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from repcodec.errors import RepCodecError, first_line
 from repcodec.files import check_text
@@ -50,10 +52,10 @@ class Shard:
     """
 
     path: Path
-    rows: np.ndarray
+    rows: npt.NDArray[np.floating]
     offset: int
-    lengths: np.ndarray
-    about: dict
+    lengths: npt.NDArray[np.int64]
+    about: dict[str, Any]
 
 
 SAME = ("encoder", "weights_sha256", "layer", "frame_rate")
@@ -136,7 +138,7 @@ def check_alike(shard: Shard, other: Shard, keys: Sequence[str]) -> None:
             )
 
 
-def _read_lengths(path: Path, rows: int) -> np.ndarray:
+def _read_lengths(path: Path, rows: int) -> npt.NDArray[np.int64]:
     try:
         lines = path.read_text(encoding="ascii").split()
         lengths = np.array(lines, dtype=np.int64)
@@ -154,11 +156,11 @@ def _read_lengths(path: Path, rows: int) -> np.ndarray:
     return lengths
 
 
-def _read_sidecar(path: Path, num_utterances: int) -> dict:
+def _read_sidecar(path: Path, num_utterances: int) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
+        about: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise RepCodecError(f"{path}: not a readable shard description ({error}); extract this shard again.") from error
     expected = {"root": str, "frame_rate": int | float, "utterances": list}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from repcodec.errors import RepCodecError
 from repcodec.files import atomic_write, locked
@@ -51,7 +52,7 @@ class ShardWriter:
         header = {"descr": self._dtype.str, "fortran_order": False, "shape": (sum(self.lengths), self._dim)}
         np.lib.format.write_array_header_1_0(self._rows, header)
 
-    def append(self, utterance: str, features: np.ndarray) -> None:
+    def append(self, utterance: str, features: npt.NDArray[np.floating]) -> None:
         """Append the (T, D) features of an utterance.
 
         Raises:
@@ -87,7 +88,7 @@ class ShardWriter:
         self.num_batches += 1
         self._noted, self._checksum = (len(self.utterances), len(self.skipped)), 0
 
-    def resume(self, about: dict, skip_bad: bool) -> None:
+    def resume(self, about: dict[str, Any], skip_bad: bool) -> None:
         """Take over what an earlier run noted and wrote.
 
         Args:
@@ -126,7 +127,9 @@ class ShardWriter:
             self._journal.writelines(lines)
             self._journal.flush()
 
-    def _check_same(self, first: dict, about: dict, records: list[dict], skip_bad: bool) -> None:
+    def _check_same(
+        self, first: dict[str, Any], about: dict[str, Any], records: list[dict[str, Any]], skip_bad: bool
+    ) -> None:
         what = f"an unfinished shard is there ({self._rows.name} and the .journal beside it)"
         if differs := [key for key in about if key not in MOVES and first.get(key) != about[key]]:
             raise RepCodecError(
@@ -182,7 +185,7 @@ def write_shard(
     rank: int,
     num_shards: int,
     dim: int,
-    about: dict,
+    about: dict[str, Any],
     dtype: str = "float32",
     skip_bad: bool = True,
 ) -> Iterator[ShardWriter]:
@@ -240,7 +243,7 @@ def write_shard(
             raise
 
 
-def _describe(npy: Path, about: dict, writer: ShardWriter) -> None:
+def _describe(npy: Path, about: dict[str, Any], writer: ShardWriter) -> None:
     """Write what lies beside a shard's .npy, which itself comes last: a reader asks for all of them."""
     lengths, sidecar, skipped = files = [npy.with_suffix(suffix) for suffix in SUFFIXES[1:]]
     try:

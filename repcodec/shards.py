@@ -7,9 +7,12 @@ shards made by the published scripts lack it and are read all the same. `shard_w
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from repcodec.audio import read_audio
 from repcodec.errors import RepCodecError
 from repcodec.manifest import utterance_id
 from repcodec.shard_files import SAME, Shard, check_alike, open_shard, shard_files
@@ -20,7 +23,7 @@ def found_at(model: str) -> str:
     return str(Path(model).resolve()) if Path(model).is_dir() else model
 
 
-def check_source(where: object, found: tuple, expected: tuple) -> None:
+def check_source(where: object, found: tuple[str | None, int | None], expected: tuple[str | None, int | None]) -> None:
     """Refuse features of another (speech encoder, layer) than expected; None on either side is not compared.
 
     Raises:
@@ -34,7 +37,7 @@ def check_source(where: object, found: tuple, expected: tuple) -> None:
             )
 
 
-def check_finite(features: np.ndarray, source: object, first: int = 0, step: int = 1) -> None:
+def check_finite(features: npt.NDArray[np.floating], source: object, first: int = 0, step: int = 1) -> None:
     """Refuse features (T, D) that hold NaN or infinity.
 
     Args:
@@ -114,15 +117,25 @@ class FeatureShards:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[type["FeatureShards"], tuple[Any, ...]]:
         """Reopen the files in another process instead of copying their rows there."""
         return FeatureShards, ([shards[0].path.parent for shards in self._folders], self.dim)
 
     @property
-    def stamp(self) -> list[list]:
+    def stamp(self) -> list[list[str | int]]:
         """Name, bytes and time of each file of features: what tells them from features that replaced them."""
         found = [(shard.path, shard.path.stat()) for shard in self._shards]
         return [[path.name, stat.st_size, stat.st_mtime_ns] for path, stat in found]
+
+    def waveform(self, utterance: int) -> npt.NDArray[np.float32]:
+        """Return the (S,) samples at 16 kHz that an utterance's features were made of.
+
+        Raises:
+            RepCodecError: nothing says where the sound is, or it cannot be read.
+        """
+        if self.names is None or not self.root:
+            raise RepCodecError(f"{self.folder}: does not say where the sounds are; turn robustness off.")
+        return read_audio(Path(self.root) / self.names[utterance])
 
     @property
     def about_features(self) -> dict[str, str]:
@@ -164,13 +177,14 @@ class FeatureShards:
         path = self._shards[self._shard_of[utterance]].path
         return f"{path}, {self.names[utterance] if self.names else f'utterance {utterance}'}"
 
-    def features(self, utterance: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+    def features(self, utterance: int, start: int = 0, stop: int | None = None) -> npt.NDArray[np.floating]:
         """Return a view (T, D) of an utterance, or of its frames `start` to `stop`; values are not checked."""
         row, length = self._row_of[utterance], self.lengths[utterance]
         stop = length if stop is None else min(stop, length)
-        return self._shards[self._shard_of[utterance]].rows[row + start : row + stop]
+        rows: npt.NDArray[np.floating] = self._shards[self._shard_of[utterance]].rows[row + start : row + stop]
+        return rows
 
-    def read(self, utterance: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+    def read(self, utterance: int, start: int = 0, stop: int | None = None) -> npt.NDArray[np.float32]:
         """Read an utterance's features (T, D), or its frames `start` to `stop`, as float32.
 
         Unlike `features` this maps nothing: reading a whole split takes no more memory than its longest piece.
@@ -200,9 +214,9 @@ class FeatureShards:
         utterances: Sequence[int],
         starts: Sequence[int],
         num_frames: int,
-        out: np.ndarray | None = None,
+        out: npt.NDArray[np.float32] | None = None,
         check: bool = True,
-    ) -> tuple:
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
         """Copy crops straight into one batch, zeros where an utterance ends before its crop.
 
         Args:
@@ -234,7 +248,7 @@ class FeatureShards:
                     check_finite(frames, self.where(utterances[b]), starts[b])
         return batch, lengths
 
-    def sample(self, num_frames: int) -> np.ndarray:
+    def sample(self, num_frames: int) -> npt.NDArray[np.float32]:
         """Return at most `num_frames` frames, evenly spaced over all: all of them when there are no more.
 
         Returns:
@@ -245,7 +259,7 @@ class FeatureShards:
         """
         return self._sample(self._shards, num_frames)
 
-    def _sample(self, shards: Sequence[Shard], num_frames: int) -> np.ndarray:
+    def _sample(self, shards: Sequence[Shard], num_frames: int) -> npt.NDArray[np.float32]:
         step = max(1, -(-sum(len(shard.rows) for shard in shards) // num_frames))
         parts = []
         first = 0

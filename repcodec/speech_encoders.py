@@ -5,6 +5,7 @@ follows the stack. Nothing above that block is kept or run.
 """
 
 import hashlib
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -63,7 +64,7 @@ class EncoderSpec:
         layer = self.layer if layer is None else layer
         if layer is None:
             raise RepCodecError(f"{self.name} has no published layer: choose one with --layer, 1 to {self.num_layers}.")
-        if not 1 <= layer <= self.num_layers:
+        if type(layer) is not int or not 1 <= layer <= self.num_layers:
             raise RepCodecError(f"layer={layer}: {self.name} has layers 1 to {self.num_layers}.")
         return layer
 
@@ -142,8 +143,9 @@ def _exact_convolutions() -> Iterator[None]:
 
 
 def _packed_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, *, lengths: list[int], **options
-) -> tuple[Tensor, None]:
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, *, lengths: list[int],
+    **options: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
     """Attend within each segment of (1, heads, sum of lengths, head width); the form transformers asks for."""
     parts = [
         nn.functional.scaled_dot_product_attention(q, k, v, scale=options["scaling"])
@@ -200,7 +202,8 @@ class HubertEncoder(SpeechEncoder):
     def _front(self, chunk: Tensor) -> Tensor:
         x = self.projection(self.convolutions(chunk[None]).mT)
         x = x[0] if isinstance(x, tuple) else x  # data2vec hands out its normed input too
-        return self.norm(x + self.positions(x))[0]
+        normed: Tensor = self.norm(x + self.positions(x))[0]
+        return normed
 
 
 class WhisperEncoder(SpeechEncoder):
@@ -340,7 +343,7 @@ def _load_blocks(source: str, layer: int, spec: EncoderSpec) -> Any:
         raise RepCodecError(f"{source}: a {config.model_type} model, but {spec.name} is of the family {spec.family}.")
     # A whole Whisper names its encoder's weights model.encoder.* or encoder.*.
     inner = {r"^(model\.)?encoder\.": ""}
-    classes: dict[str, tuple[Any, dict | None]] = {
+    classes: dict[str, tuple[Any, dict[str, str] | None]] = {
         "whisper": (WhisperBlocks, inner),
         "hubert": (transformers.HubertModel, None),
         "data2vec-audio": (transformers.Data2VecAudioModel, None),
@@ -379,7 +382,7 @@ def _read_config(source: str) -> Any:
 
     if source.startswith(("/", ".", "~")) and not Path(source).is_dir():
         raise RepCodecError(f"{source}: no such folder; give one that save_pretrained wrote, or a hub id.")
-    huggingface_hub.utils.logging.set_verbosity_error()  # it would tell of every try without a network
+    huggingface_hub.utils.logging.set_verbosity(logging.ERROR)  # it would tell of every try without a network
     try:
         config = transformers.AutoConfig.from_pretrained(source)
     except Exception as error:  # see _load_blocks

@@ -21,7 +21,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf, read_write
 
@@ -145,12 +145,12 @@ def _train_apart(config: DictConfig, overrides: list[str], script: str) -> float
         _, told, sentence = tail.rpartition("error: ")
         unsaid = f"its process ended with code {process.returncode}; see {folder}/train.log."
         raise RepCodecError(sentence.strip() if told else unsaid)
-    figures = json.loads((folder / "codec" / "config.json").read_text(encoding="utf-8"))["figures"]
+    figures: dict[str, float] = json.loads((folder / "codec" / "config.json").read_text(encoding="utf-8"))["figures"]
     return figures["normalized_error"]
 
 
 @contextmanager
-def _ended_with(process: subprocess.Popen) -> Iterator[None]:
+def _ended_with(process: subprocess.Popen[bytes]) -> Iterator[None]:
     """Let the process end when this one is told to, by Ctrl-C or SIGTERM."""
     old = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:

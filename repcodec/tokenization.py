@@ -5,9 +5,10 @@ import hashlib
 import os
 import re
 import shutil
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ class FeatureSource:
     names: Sequence[str]
     root: str
     num_frames: Sequence[int]
-    about: dict
+    about: dict[str, Any]
     skipped: list[str]
 
     def __init__(self, shards: FeatureShards, names: Sequence[str] | None = None, root: str | None = None):
@@ -61,7 +62,7 @@ class FeatureSource:
             )
         self.names, self.root = names or shards.names or [], shards.root if root is None else root
         if len(set(self.names)) < len(self.names):
-            twice = next(name for name in self.names if list(self.names).count(name) > 1)
+            (twice, _), *_ = Counter(self.names).most_common(1)
             raise RepCodecError(f"{shards.folder}: the name {twice!r} stands twice; each utterance needs its own.")
         self.num_frames, self.skipped, self._shards = shards.lengths.tolist(), [], shards
         listing = "".join(f"{name}\t{length}\n" for name, length in zip(self.names, self.num_frames, strict=True))
@@ -71,7 +72,7 @@ class FeatureSource:
         """Return the seconds that an utterance lasts."""
         return self.num_frames[utterance] / (self._shards.frame_rate or FRAME_RATE)
 
-    def utterances(self, numbers: Sequence[int], bar: tqdm) -> Iterator[tuple[int, Rows]]:
+    def utterances(self, numbers: Sequence[int], bar: "tqdm[Any]") -> Iterator[tuple[int, Rows]]:
         """Yield number and features of each utterance asked for; `bar` moves by the frames that are read."""
         for number in numbers:
             yield number, _ShardRows(self._shards, number, bar)
@@ -80,7 +81,7 @@ class FeatureSource:
 class _ShardRows:
     """The frames of one utterance, read from its shard when they are asked for."""
 
-    def __init__(self, shards: FeatureShards, utterance: int, bar: tqdm):
+    def __init__(self, shards: FeatureShards, utterance: int, bar: "tqdm[Any]"):
         self._shards, self._utterance, self._bar, self._seen = shards, utterance, bar, 0
 
     def __len__(self) -> int:
@@ -116,7 +117,7 @@ class SoundSource(FeatureSource):
         """Return the seconds that an utterance lasts."""
         return self._sounds.num_samples[utterance] / SAMPLE_RATE
 
-    def utterances(self, numbers: Sequence[int], bar: tqdm) -> Iterator[tuple[int, Rows]]:
+    def utterances(self, numbers: Sequence[int], bar: "tqdm[Any]") -> Iterator[tuple[int, Rows]]:
         """Yield number and features of each utterance asked for, but for those that were left out."""
         batch_seconds, skip_bad = self._options
         batches = batches_of([self._sounds.num_samples[number] for number in numbers], batch_seconds)
@@ -147,9 +148,15 @@ def check_fits(tokenizer: Tokenizer, name: Path | str, shards: FeatureShards) ->
 
 def label(tokenizer: Tokenizer) -> str:
     """Return what tables call a tokenizer: its kind and its codebooks' size, as in "RepCodec 2 x 1024"."""
-    kind = "k-means" if hasattr(tokenizer, "centroids") else "RepCodec"
+    if hasattr(tokenizer, "centroids"):
+        return kmeans_label(tokenizer.codebook_size)
     several = f"{tokenizer.num_codebooks} x " if tokenizer.num_codebooks > 1 else ""
-    return f"{kind} {several}{tokenizer.codebook_size}"
+    return f"RepCodec {several}{tokenizer.codebook_size}"
+
+
+def kmeans_label(codebook_size: int) -> str:
+    """Return what tables call a k-means model."""
+    return f"k-means {codebook_size}"
 
 
 @torch.inference_mode()
@@ -186,7 +193,7 @@ def encode_shards(
 def write_tokens(
     tokenizer: Tokenizer,
     source: FeatureSource,
-    about: dict,
+    about: dict[str, Any],
     path: Path | str,
     kind: str = "tokens",
     deduplicate: bool = False,
@@ -287,7 +294,7 @@ class _OnDevice:
         return self._rows[part].to(self._device)
 
 
-def describe(tokenizer: Tokenizer, weights_sha256: str | None) -> dict:
+def describe(tokenizer: Tokenizer, weights_sha256: str | None) -> dict[str, Any]:
     """Return what a tokens file's description says of the tokenizer: plain values."""
     return {
         "tokenizer": label(tokenizer),
@@ -305,7 +312,7 @@ def _part(path: Path, rank: int, num_shards: int) -> Path:
     return path.with_name(f"{path.name}.{rank}_{num_shards}")
 
 
-def _join(path: Path, about: dict, num_shards: int) -> bool:
+def _join(path: Path, about: dict[str, Any], num_shards: int) -> bool:
     """Join the parts of a tokens file in order and remove them, if all are there; say whether the file is there now."""
     parts = [_part(path, rank, num_shards) for rank in range(num_shards)]
     if not all(is_finished(part, {**about, "shard": [rank, num_shards]}) for rank, part in enumerate(parts)):

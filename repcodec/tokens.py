@@ -18,9 +18,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import IO
+from types import TracebackType
+from typing import IO, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from repcodec.errors import RepCodecError
 from repcodec.files import atomic_write, bounded_lines, check_text, locked
@@ -51,12 +53,12 @@ class Tokens:
     """
 
     name: str
-    codes: np.ndarray
+    codes: npt.NDArray[np.int64]
     num_frames: int | None = None
     duration: float | None = None
 
 
-def run_lengths(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def run_lengths(codes: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """(K, N) codes -> the codes (K, R) of the runs in which all codebooks stay the same, and their lengths (R,)."""
     changes = np.flatnonzero((codes[:, 1:] != codes[:, :-1]).any(0)) + 1
     starts = np.concatenate([np.zeros(min(1, codes.shape[1]), np.int64), changes])
@@ -204,7 +206,7 @@ def _parse_json(line: str, where: str) -> Tokens:
     return _checked(Tokens(name, codes, frames, duration), where)
 
 
-def _repeated(rows: Sequence[Sequence[int]], repeats: Sequence[int], where: str) -> np.ndarray:
+def _repeated(rows: Sequence[Sequence[int]], repeats: Sequence[int], where: str) -> npt.NDArray[np.int64]:
     """K lists of the codes of R runs, and their lengths -> (K, N)."""
     lengths = np.array(repeats, dtype=np.int64)
     if any(len(row) != len(repeats) for row in rows):
@@ -231,7 +233,7 @@ def about_path(path: Path | str) -> Path:
     return Path(f"{path}.json")
 
 
-def read_about(path: Path | str) -> dict:
+def read_about(path: Path | str) -> dict[str, Any]:
     """Return the description beside a tokens file; empty where there is none, as with those made elsewhere.
 
     Raises:
@@ -253,7 +255,7 @@ def read_about(path: Path | str) -> dict:
         raise RepCodecError(f"{sidecar}: not a readable description of a tokens file ({error}); delete it.") from error
 
 
-def is_finished(path: Path | str, about: dict) -> bool:
+def is_finished(path: Path | str, about: dict[str, Any]) -> bool:
     """Say whether a whole tokens file of this description is there; one of another description will be replaced."""
     found = read_about(path)
     return Path(path).exists() and found.pop("bytes", None) == os.path.getsize(path) and found == about
@@ -269,7 +271,7 @@ class LineWriter:
         done: the names of the utterances that an earlier, killed run wrote, in order.
     """
 
-    def __init__(self, path: Path | str, about: dict, root: str | None):
+    def __init__(self, path: Path | str, about: dict[str, Any], root: str | None):
         """Take the file, what it is, and its first line, None where there is none (JSON lines).
 
         Raises:
@@ -344,7 +346,9 @@ class LineWriter:
         except OSError as error:
             raise self._unwritable(error) from error
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Put the file in its place when the block ended well; otherwise leave what the next run goes on with."""
         try:
             try:
@@ -372,7 +376,7 @@ class LineWriter:
         )
 
 
-def put_in_place(partial: Path, path: Path, about: dict) -> None:
+def put_in_place(partial: Path, path: Path, about: dict[str, Any]) -> None:
     """Give a whole tokens file its name, then its description; the old description goes first, as it is not of it."""
     about_path(path).unlink(missing_ok=True)
     os.replace(partial, path)

@@ -42,6 +42,17 @@ class TokensFacts:
     codes_per_second: float | None = None
     codebook_size: int | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse what is no number above 0.
+
+        Raises:
+            RepCodecError: says which.
+        """
+        for name, kinds in (("codes_per_second", (int, float)), ("codebook_size", int)):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, kinds) and value > 0):
+                raise RepCodecError(f"{name}={value}: expected a number above 0.")
+
 
 def measure_tokens(
     path: Path | str,
@@ -92,6 +103,7 @@ def measure_tokens(
         codes = {number: tokens.codes.T for number, tokens in enumerate(_checked(path, found))}
         errors = abx_errors(items, lambda number: codes[number], found.codes_per_second, "different")
         result.row.abx_within, result.row.abx_across = errors.within, errors.across
+        result.row.abx_kind, result.row.abx_items = errors.kind, errors.items
     return result
 
 

@@ -254,19 +254,22 @@ def test_two_processes_equal_one_with_both_halves_of_the_batch(speech, whisper_f
         torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_evaluation_from_sound_gives_the_figures_of_shards(trained, speech, whisper_folder, features, tmp_path):
+    from evaluate import compare
+
     common = [f"tokenizers=['{trained}/sound/codec']", "kmeans=[]", f"data.labels='{speech}/phones.tsv'",
-              "encoder=whisper_tiny_en", f"encoder.model='{whisper_folder}'", f"layer={LAYER}"]  # fmt: skip
+              "robustness=true", "encoder=whisper_tiny_en", f"encoder.model='{whisper_folder}'",
+              f"layer={LAYER}"]  # fmt: skip
     sounds = [f"data.{split}='{speech}/{split}.tsv'" for split in ("train", "valid", "test")]
     figures = []
     for name, source in (("sound", ["data=audio", *sounds]), ("shards", [f"data.root='{features}'"])):
-        command = [sys.executable, str(ROOT / "evaluate.py"), *common, *source, f"run_dir='{tmp_path / name}'"]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-        assert result.returncode == 0, result.stderr
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            config = compose("evaluate", [*common, *source, f"run_dir='{tmp_path / name}'"])
+        compare(config)
         figures.append(json.loads((tmp_path / name / "results.json").read_text()))
     one, two = (found["rows"][0] for found in figures)
     assert one.keys() == two.keys()
+    assert "RepCodec" in one["name"] and one["unit_edit_distance"]
     for key, value in one.items():
         assert value == (pytest.approx(two[key], rel=1e-3) if isinstance(value, float) else two[key]), key
 
@@ -335,6 +338,12 @@ def test_training_from_shar_runs_and_resumes(speech, whisper_folder, shar, tmp_p
 
 
 # Bad input
+
+
+def test_a_run_on_shar_that_diverges_names_places_in_the_stream(speech, whisper_folder, shar, tmp_path):
+    with refused("the run has diverged", "number "):
+        run_here(speech, whisper_folder, tmp_path / "run", f"data.train='{shar}'", "optimizer.lr=1e30",
+                 "trainer.max_steps=9", "logger=none")  # fmt: skip
 
 
 def test_a_corrupt_sound_in_a_worker_is_one_sentence(speech, whisper_folder, tmp_path):

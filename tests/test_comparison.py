@@ -21,6 +21,7 @@ from repcodec.data import ShardsDataModule
 from repcodec.demo_corpus import SPLITS
 from repcodec.evaluation import Measures
 from repcodec.extraction import extract
+from repcodec.kmeans import KMeansTokenizer
 from repcodec.labels import PhoneLabels
 from repcodec.manifest import Manifest
 from repcodec.shards import FeatureShards
@@ -149,6 +150,52 @@ def test_nothing_to_compare_and_a_missing_file(splits, tmp_path):
         Comparison(plan(splits, tmp_path, tokens=[str(tmp_path / "none")]))
     with refused(tmp_path / "none.tsv"):
         Comparison(plan(splits, tmp_path, facts=TokensFacts(tmp_path / "none.tsv")))
+
+
+def test_a_kmeans_model_of_the_users_own_is_measured_beside_the_baseline_of_its_size(splits, tmp_path):
+    torch.manual_seed(0)
+    mine = KMeansTokenizer(torch.randn(5, DIM))
+    mine.save_pretrained(tmp_path / "mine")
+    place = str(tmp_path / "mine")
+    found = Comparison(plan(splits, tmp_path, tokenizers=[place, place])).run()
+    assert [result.row.name for result in found] == [f"k-means 5, {place}", "k-means 5"]
+    assert found[0].row.normalized_error > found[1].row.normalized_error
+
+
+def test_curves_stay_with_the_tokenizers_they_are_of(splits, tmp_path):
+    places = []
+    for size in (4, 8):
+        run = tmp_path / f"run-{size}"
+        torch.manual_seed(0)
+        RepCodec(DIM, codebook_size=size).save_pretrained(run / "codec")
+        (run / "validations.csv").write_text(f"step,valid/normalized_error\n0,{size / 10}\n")
+        places.append(str(run / "codec"))
+    found = Comparison(plan(splits, tmp_path, tokenizers=[places[0], *places])).run()
+    curves = {result.row.name: result.curve for result in found}
+    assert curves == {"RepCodec 4": [(0, 0.4)], "RepCodec 8": [(0, 0.8)], "k-means 5": []}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("kmeans=many", "kmeans=many: expected numbers of codes"),
+        ("kmeans=[8,-1]", "kmeans=-1: expected numbers of codes"),
+        ("tokenizers=nothing", "nothing/config.json"),
+        ("tokens=none.tokens", "none.tokens: no such tokens file"),
+        ("layer=9.5", "layer=9.5: hubert_base has layers 1 to 12"),
+        ("codes_per_second=-50", "codes_per_second=-50: expected a number above 0"),
+        ("codes_per_second=fifty", "codes_per_second=fifty: expected a number above 0"),
+    ],
+)
+def test_a_value_of_another_kind_is_one_sentence(splits, tmp_path, override, message):
+    with refused(message):
+        evaluate_here(splits, tmp_path / "run", *(["tokenizers=[]"] if "tokenizers" not in override else []), override)
+
+
+def test_one_value_alone_is_a_list_of_it(splits, tmp_path):
+    place = saved(tmp_path)
+    rows = evaluate_here(splits, tmp_path / "run", f"tokenizers={place}", "kmeans=4")
+    assert [row["name"] for row in rows] == ["RepCodec 8", "k-means 4"]
 
 
 def test_abx_and_probe_need_labels(splits, tmp_path):

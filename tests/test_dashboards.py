@@ -19,8 +19,9 @@ from PIL import Image
 from repcodec import dashboards
 from repcodec.callbacks import SaveCodec, ValidateEnds
 from repcodec.codec import RepCodec
-from repcodec.dashboards import Dashboard, Rates, WandbRun, first_codebook, git_commit, read_rows
+from repcodec.dashboards import Dashboard, Rates, WandbRun, first_codebook, git_commit
 from repcodec.data import ShardsDataModule
+from repcodec.logs import read_validations
 from repcodec.module import CodecModule
 from repcodec.quantizers import EMACodebook, EMAQuantizer
 
@@ -128,7 +129,8 @@ def test_wandb_run_holds_pictures_figures_summary_config_and_codec(shown):
     images = list((folder / "files").rglob("*.png"))
     assert len(images) == len(PICTURES)
     best = min(
-        (row for row in read_rows(shown / "validations.csv") if row["step"]), key=lambda r: r["valid/normalized_error"]
+        (row for row in read_validations(shown / "validations.csv") if row["step"]),
+        key=lambda r: r["valid/normalized_error"],
     )
     assert summary["best/step"] == best["step"]
     assert summary["best/normalized_error"] == best["valid/normalized_error"]
@@ -158,7 +160,7 @@ def test_tensorboard_holds_pictures_and_histograms(shown):
 def test_summary_is_printed(splits, tmp_path, capsys, undrawn):
     fit(splits, tmp_path, steps=2)
     said = capsys.readouterr().out
-    best = read_rows(tmp_path / "validations.csv")[-1]
+    best = read_validations(tmp_path / "validations.csv")[-1]
     assert "After 2 steps" in said
     assert f"{best['valid/normalized_error']:.4f}" in said
     assert f"{best['valid/used_share']:.1%}" in said
@@ -181,10 +183,10 @@ def test_table_goes_on_after_a_resume(splits, tmp_path, undrawn):
     fit(splits, tmp_path / "stopped", steps=3, save=tmp_path / "at3.ckpt")
     with open(tmp_path / "stopped" / "validations.csv", newline="") as file:
         assert [row["step"] for row in csv.DictReader(file)] == ["0", "2", "3"]
-    hours = read_rows(tmp_path / "stopped" / "validations.csv")[-1]["hours"]
+    hours = read_validations(tmp_path / "stopped" / "validations.csv")[-1]["hours"]
     fit(splits, tmp_path / "stopped", steps=6, ckpt_path=tmp_path / "at3.ckpt")
     fit(splits, tmp_path / "whole", steps=6)
-    resumed, whole = (read_rows(tmp_path / name / "validations.csv") for name in ("stopped", "whole"))
+    resumed, whole = (read_validations(tmp_path / name / "validations.csv") for name in ("stopped", "whole"))
     assert [row["step"] for row in resumed] == [0, 2, 3, 4, 6]
     assert resumed[3]["hours"] > hours
     kept = {row["step"]: row for row in resumed}
@@ -199,7 +201,7 @@ def test_table_has_the_mean_of_the_losses_since_the_last_validation(splits, tmp_
     fit(splits, tmp_path, loggers=[CSVLogger(tmp_path, "logs")])
     with open(tmp_path / "logs" / "version_0" / "metrics.csv", newline="") as file:
         losses = [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
-    rows = read_rows(tmp_path / "validations.csv")
+    rows = read_validations(tmp_path / "validations.csv")
     assert "train/loss" not in rows[0]
     means = [sum(losses[i : i + 2]) / 2 for i in (0, 2)]
     assert [row["train/loss"] for row in rows[1:]] == pytest.approx(means)
@@ -208,7 +210,7 @@ def test_table_has_the_mean_of_the_losses_since_the_last_validation(splits, tmp_
 def test_a_new_run_in_the_same_folder_begins_a_new_table(splits, tmp_path, undrawn):
     fit(splits, tmp_path, steps=4)
     fit(splits, tmp_path, steps=2)
-    assert [row["step"] for row in read_rows(tmp_path / "validations.csv")] == [0, 2]
+    assert [row["step"] for row in read_validations(tmp_path / "validations.csv")] == [0, 2]
 
 
 def test_sample_is_what_the_quantizer_sees_evenly_spaced(splits, tmp_path, monkeypatch, undrawn):
@@ -236,7 +238,7 @@ def test_residual_quantizer_shows_its_first_codebook_and_every_usage(splits, tmp
 
 
 def test_quantizer_without_a_codebook_shows_what_its_codes_stand_for(monkeypatch):
-    pytest.importorskip("vector_quantize_pytorch")
+    pytest.importorskip("vector_quantize_pytorch", reason="pip install 'repcodec[quantizers]'")
     from repcodec.library_quantizers import FSQQuantizer
 
     quantizer = FSQQuantizer(8, levels=[4, 3])
@@ -285,7 +287,7 @@ def test_revived_codes_are_counted_between_validations(splits, tmp_path, monkeyp
 
     monkeypatch.setattr(EMACodebook, "_revive", counted)
     fit(splits, tmp_path, steps=4, quantizer=EMAQuantizer(8, 16, num_codebooks=2, revive_below=0.1))
-    rows = read_rows(tmp_path / "validations.csv")
+    rows = read_validations(tmp_path / "validations.csv")
     assert len(unused) == 8
     assert "train/revived_codes" not in rows[0]
     assert [row["train/revived_codes"] for row in rows[1:]] == [sum(unused[:4]), sum(unused[4:])]

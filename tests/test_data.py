@@ -147,7 +147,7 @@ def test_features_of_another_encoder_or_layer_are_refused(tmp_path):
 
 @pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"crop": 0}, {"whole_frames": -1}])
 def test_numbers_that_are_not_positive_are_refused(splits, wrong):
-    with pytest.raises(RepCodecError, match=r"data\.\w+=-?\d: expected at least 1"):
+    with pytest.raises(RepCodecError, match=r"data\.\w+=-?\d: expected a whole number, at least 1"):
         module(splits, **wrong)
 
 

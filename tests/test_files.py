@@ -1,6 +1,8 @@
+import fcntl
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import refused
@@ -133,6 +135,25 @@ def test_a_lock_names_its_process_and_is_gone_afterwards(tmp_path):
         assert (tmp_path / "x" / ".a.npy.lock").read_text() == f"{os.getpid()}\n"
 
     assert not list((tmp_path / "x").iterdir())
+
+
+def test_a_lock_whose_owner_lets_go_as_it_is_looked_at_is_taken(tmp_path, monkeypatch):
+    lock = tmp_path / ".a.lock"
+    looked, read = [], Path.read_text
+    with open(lock, "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+
+        def read_text(path, **options):
+            if path == lock and not looked:
+                looked.append(path)
+                lock.unlink()
+                held.close()
+            return read(path, **options)
+
+        monkeypatch.setattr(Path, "read_text", read_text)
+        with locked(tmp_path / "a"):
+            pass
+    assert looked and not lock.exists()
 
 
 def test_a_lock_is_gone_after_a_failure(tmp_path):

@@ -21,7 +21,6 @@ from repcodec.errors import RepCodecError
 from repcodec.info import describe_path
 from repcodec.labels import PhoneLabels
 from repcodec.manifest import Manifest
-from repcodec.report import read_curve
 from repcodec.shard_writer import write_shard
 from repcodec.shards import FeatureShards
 from repcodec.tokens import LineWriter, format_line, is_json, read_about, read_root, read_tokens
@@ -40,7 +39,6 @@ ABOUT = json.dumps({
     "tokenizer": "RepCodec 8", "tokenizer_sha256": "0" * 64, "encoder": "hubert_base", "layer": 9, "codebook_size": 8,
     "num_codebooks": 1, "codes_per_second": 50.0, "root": "/audio", "format": "tokens", "bytes": 70,
 })  # fmt: skip
-CURVE = "epoch,step,valid/normalized_error\n0,0,1.0\n0,10,0.5\n0,20,0.25\n"
 
 
 def read_manifest(path):
@@ -232,7 +230,6 @@ def readers(tmp_path_factory):
             {".out.tokens.about": b'{"split": "test"}', ".out.tokens.partial": CODES.encode()},
             (".out.tokens.about", ".out.tokens.partial"), go_on_with_tokens,
         ),
-        "curve": Reader({"version_0/metrics.csv": CURVE.encode()}, ("version_0/metrics.csv",), read_curve),
     }  # fmt: skip
     for name, text in {"a.tokens": CODES, "b.tokens": RUNS, "c.jsonl": CODE_LINES}.items():
         files = {name: text.encode(), f"{name}.json": ABOUT.encode()}
@@ -299,7 +296,7 @@ def lhotse_readers(folder):
 
 
 NAMES = [
-    "manifest", "features", "described features", "unfinished shard", "unfinished tokens", "curve", "a.tokens",
+    "manifest", "features", "described features", "unfinished shard", "unfinished tokens", "a.tokens",
     "b.tokens", "c.jsonl", "d.tokens.gz", "phones.tsv", "phones.jsonl", "phones.gz", "grids/spk/one.TextGrid",
     "timit/spk/one.phn", "sound.wav", "sound.flac", "sound.mp3", "sound.ogg", "sound.aiff", "sound.w64", "sound.au",
     "sound.opus", "cuts.jsonl", "cuts.jsonl.gz", "shar",

@@ -14,10 +14,9 @@ from test_published import complete, published_state
 
 from repcodec.checkpointing import find_checkpoint, read_checkpoint
 from repcodec.codec import RepCodec
-from repcodec.dashboards import read_rows
 from repcodec.info import describe_path
 from repcodec.kmeans import KMeansTokenizer
-from repcodec.logs import read_table
+from repcodec.logs import read_table, read_validations
 from repcodec.results import Result, Row, load_result, save_result
 from repcodec.sweeps import _jobs
 
@@ -142,7 +141,7 @@ def readers(tmp_path_factory):
             {"0/job.json": json.dumps(job).encode(), "1/job.json": json.dumps(job).encode()}, ("0/job.json",), _jobs
         ),
         "validations.csv": Reader(
-            {"v.csv": b"step,normalized_error\n0,1.0\n10,0.5\n"}, ("v.csv",), lambda at: read_rows(at / "v.csv")
+            {"v.csv": b"step,normalized_error\n0,1.0\n10,0.5\n"}, ("v.csv",), lambda at: read_validations(at / "v.csv")
         ),
         "metrics.csv": Reader(
             {"m.csv": b"epoch,step,loss\n0,0,1.0\n0,10,0.5\n"}, ("m.csv",), lambda at: read_table(at / "m.csv", 10)

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import refused
 
 from repcodec.errors import RepCodecError
 from repcodec.kmeans import KMeansTokenizer
@@ -57,3 +58,12 @@ def test_another_kind_of_folder_is_refused(tmp_path, codec):
     codec.save_pretrained(tmp_path)
     with pytest.raises(RepCodecError, match="holds a repcodec"):
         KMeansTokenizer.from_pretrained(tmp_path)
+
+
+def test_features_of_another_width_type_or_lengths_as_a_list():
+    tokenizer = KMeansTokenizer(torch.tensor([[0.0, 0.0], [1.0, 1.0]]))
+    features = torch.tensor([[[0.1, 0.1], [0.9, 0.8]], [[1.0, 1.0], [5.0, 5.0]]], dtype=torch.float64)
+    assert tokenizer.encode(features, [2, 1]).tolist() == [[[0, 1]], [[1, -1]]]
+    for wrong in (torch.zeros(1, 2, 3), torch.zeros(2, 2)):
+        with refused(str(tuple(wrong.shape)), "(B, T, 2)"):
+            tokenizer.encode(wrong)

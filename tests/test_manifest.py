@@ -3,10 +3,12 @@ import math
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 from conftest import refused
 
-from repcodec.manifest import Manifest, utterance_id
+from repcodec.manifest import Manifest, list_sounds, utterance_id
 
 
 def manifest(num_utterances, root="/audio"):
@@ -226,3 +228,17 @@ def test_all_shards_together_are_the_manifest_in_order(num_utterances, num_shard
 def test_a_shard_that_is_not_among_them_is_refused(rank, num_shards):
     with refused(f"shard {rank} of {num_shards}"):
         manifest(8).shard(rank, num_shards)
+
+
+def test_listed_files_that_cannot_be_read_are_left_out_when_asked(tmp_path):
+    soundfile.write(tmp_path / "good.wav", np.zeros(1600), 16_000)
+    (tmp_path / "bad.wav").write_bytes(b"no sound")
+    paths = [tmp_path / "bad.wav", tmp_path / "good.wav"]
+    with refused(tmp_path / "bad.wav"):
+        list_sounds(paths)
+    manifest = list_sounds(paths, skip_bad=True)
+    assert manifest.paths == ["good.wav"] and list(manifest.skipped) == ["bad.wav"]
+    with refused(tmp_path, "none of the 1 sound files can be read"):
+        list_sounds(paths[:1], skip_bad=True)
+    with refused(tmp_path / "good.wav", "has the id of another one"):
+        list_sounds([tmp_path / "good.wav"] * 2)

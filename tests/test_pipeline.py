@@ -41,7 +41,7 @@ def test_a_sound_file_becomes_codes(saved, sounds, encoder):
     tokenizer = SpeechTokenizer.from_pretrained(saved)
     result = tokenizer(str(sounds[0]))
     waveform, rate = soundfile.read(sounds[0], dtype="float32")
-    assert result.frame_rate == 50
+    assert result.codes_per_second == 50
     assert result.duration == len(waveform) / rate
     expected = RepCodec.from_pretrained(saved).encode(encoder([torch.from_numpy(waveform)])[0][None])
     assert torch.equal(result.codes, expected[0])
@@ -69,7 +69,7 @@ def test_a_strided_codec_says_its_own_rate(tmp_path, whisper_folder, sounds):
     about = {"encoder": "whisper_tiny_en", "layer": 3, "frame_rate": 50}
     RepCodec(384, codebook_size=8, enc_strides=(2, 1), dec_strides=(1, 2)).save_pretrained(tmp_path, about)
     result = SpeechTokenizer.from_pretrained(tmp_path, model=whisper_folder)(sounds[0])
-    assert result.frame_rate == 25
+    assert result.codes_per_second == 25
     assert abs(result.codes.shape[1] / 25 - result.duration) <= 1 / 25
 
 
@@ -78,7 +78,7 @@ def test_kmeans_tokenizes_speech_too(tmp_path, whisper_folder, encoder, sounds):
     about = {"encoder": "whisper_tiny_en", "layer": 3, "encoder_model": str(whisper_folder)}
     KMeansTokenizer(torch.randn(20, 384)).save_pretrained(tmp_path, about)
     result = SpeechTokenizer.from_pretrained(tmp_path)(sounds[0])
-    assert result.codes.shape[0] == 1 and result.frame_rate == 50
+    assert result.codes.shape[0] == 1 and result.codes_per_second == 50
 
 
 def test_stream_gives_what_the_sound_gives_at_once(saved, sounds, encoder):

@@ -63,7 +63,7 @@ def test_python_of_the_readme_and_of_its_guide_runs(document, demo, capsys):
     exec(code.replace("features = codec.decode", "decoded = codec.decode"), names)
     offline = RepCodec.from_pretrained("outputs/demo/codec").encode(demo[None])
     assert names["decoded"].shape == demo[None].shape
-    assert names["result"].codes.shape == (1, len(demo)) and names["result"].frame_rate == 50
+    assert names["result"].codes.shape == (1, len(demo)) and names["result"].codes_per_second == 50
     assert names["result"].duration == pytest.approx(len(demo) / 50, abs=0.02)
     said = [int(number) for number in re.findall(r"\d+", capsys.readouterr().out)]
     assert said == (offline.flatten().tolist() if "stream" in code else [])

@@ -11,7 +11,7 @@ from test_report_examples import spoken
 from test_report_tables import features, result
 
 from repcodec.errors import RepCodecError
-from repcodec.report import flat_rows, log_table, print_table, read_curve, write_report
+from repcodec.report import flat_rows, log_table, print_table, write_report
 
 PHONES = ["a", "<b>", "c", "d", "e"]
 EVIL = [
@@ -164,15 +164,6 @@ def test_wandb_gets_the_results_as_a_table(tmp_path, monkeypatch):
     columns, rows = flat_rows([*measured()[1:], *measured()[:1]])
     assert table["columns"] == columns
     assert table["data"] == [list(row.values()) for row in rows]
-
-
-def test_curve_is_read_from_every_version_of_the_logs(tmp_path):
-    for version, rows in enumerate(["0,0.9,\n49,,3\n49,0.8,\n", "99,0.7,\n"]):
-        (tmp_path / f"version_{version}").mkdir()
-        text = "step,valid/normalized_error,train/loss\n" + rows
-        (tmp_path / f"version_{version}" / "metrics.csv").write_text(text)
-    assert read_curve(tmp_path) == [(0, 0.9), (49, 0.8), (99, 0.7)]
-    assert read_curve(tmp_path / "nothing") == []
 
 
 def test_unwritable_folder_is_one_sentence(tmp_path):

@@ -113,7 +113,7 @@ def test_appending_a_value_that_is_not_finite_is_refused_and_leaves_nothing(tmp_
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.filterwarnings("ignore:overflow")
+@pytest.mark.filterwarnings("ignore:overflow")  # numpy's, of the value that is the test
 def test_appending_a_value_beyond_float32_is_refused_and_leaves_nothing(tmp_path):
     features = random(5, DIM).astype(np.float64)
     features[2, 1] = 1e300

@@ -17,7 +17,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from repcodec.codec import RepCodec
-from repcodec.errors import RepCodecError
+from repcodec.errors import RepCodecError, user_message
 from repcodec.files import locked
 
 ROOT = Path(__file__).parent.parent
@@ -251,6 +251,38 @@ def test_missing_features_name_the_command(tmp_path):
     with refused("repcodec extract train.tsv ROOT --encoder hubert_base --layer 9"):
         run_here(tmp_path / "nowhere", tmp_path / "run")
     assert not (tmp_path / "run" / "codec").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("+trainer.no_such_option=1", "there is no such option"),
+        ("quantizer.codebook_size=many", "quantizer: a value there is of another kind"),
+        ("optimizer.lr=fast", "optimizer or scheduler: an option does not fit"),
+        ("data.crop=1.5", "data.crop=1.5: expected a whole number"),
+        ("seed=a", "seed=a: expected a whole number"),
+        ("layer=many", "layer=many: hubert_base has layers 1 to 12"),
+        ("~callbacks.save_codec", "callbacks.save_codec"),
+        ("~callbacks.checkpoints", "callbacks.checkpoints"),
+    ],
+)
+def test_an_option_of_another_kind_is_one_sentence(splits, tmp_path, override, message):
+    with pytest.raises(Exception) as caught:
+        run_here(splits, tmp_path / "run", "logger=none", override)
+    sentence = user_message(caught.value)
+    assert sentence is not None and message in sentence
+    assert not (tmp_path / "run" / "codec").exists()
+
+
+def test_a_run_from_another_runs_checkpoint_saves_its_own_best(splits, tmp_path):
+    run_here(splits, tmp_path / "one", "logger=none", "trainer.max_steps=3")
+    start, worse = tmp_path / "one" / "checkpoints" / "last.ckpt", ["optimizer.lr=1", "trainer.max_steps=6"]
+    best = run_here(splits, tmp_path / "two", "logger=none", f"ckpt_path='{start}'", *worse)
+    config = json.loads((tmp_path / "two" / "codec" / "config.json").read_text())
+    first = json.loads((tmp_path / "one" / "codec" / "config.json").read_text())
+    assert config["figures"]["normalized_error"] == pytest.approx(best)
+    assert best > first["figures"]["normalized_error"], "worse than what the other run had found"
+    assert (tmp_path / "two" / "checkpoints" / "best.ckpt").exists()
 
 
 def test_nan_features_in_a_worker_end_the_run_in_one_sentence(splits, tmp_path):
