@@ -16,13 +16,13 @@ from repcodec.checkpoint import read_config
 from repcodec.comparison import Comparison, Plan
 from repcodec.dashboards import WandbRun
 from repcodec.data import FeaturesDataModule
+from repcodec.distributed import first_rank_first, rank_and_world
 from repcodec.errors import RepCodecError, one_sentence
-from repcodec.evaluation import Measures, rank_and_world
+from repcodec.evaluation import Measures
 from repcodec.files import locked
 from repcodec.hub import local_folder
 from repcodec.labels import PhoneLabels
 from repcodec.pipeline import usable_device
-from repcodec.quantizers import first_rank_first
 from repcodec.report import log_table, print_table, write_report
 from repcodec.speech_encoders import EncoderSpec
 from repcodec.tokens_evaluation import TokensFacts

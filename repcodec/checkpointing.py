@@ -25,11 +25,11 @@ from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_only
 
 from repcodec.codec import RepCodec
+from repcodec.distributed import sum_over_ranks
 from repcodec.errors import RepCodecError
 from repcodec.files import atomic_write
 from repcodec.module import CodecModule
 from repcodec.pickles import plain_config, read_pickle
-from repcodec.quantizers import sum_over_ranks
 
 MONITOR = "valid/normalized_error"
 """The figure, lower is better, by which the best checkpoint and the saved codec are chosen."""

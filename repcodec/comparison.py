@@ -21,8 +21,9 @@ from repcodec.audio import SAMPLE_RATE, read_audio
 from repcodec.checkpoint import read_config
 from repcodec.codec import RepCodec
 from repcodec.data import FeaturesDataModule
+from repcodec.distributed import first_rank_first, of_all_ranks, rank_and_world, several_ranks
 from repcodec.errors import RepCodecError
-from repcodec.evaluation import Evaluation, Measures, fit_kmeans, of_all_ranks, rank_and_world
+from repcodec.evaluation import Evaluation, Measures, fit_kmeans
 from repcodec.hub import local_folder
 from repcodec.kmeans import KMeansTokenizer
 from repcodec.labels import PhoneLabels
@@ -30,7 +31,6 @@ from repcodec.logs import read_validations
 from repcodec.manifest import Manifest, utterance_id
 from repcodec.packing import Tokenizer, encode_packed
 from repcodec.pipeline import load_encoder_of, load_tokenizer
-from repcodec.quantizers import first_rank_first, several_ranks
 from repcodec.results import Example, Result, Row, load_result, save_result
 from repcodec.robustness import UnitEdits, unit_edits
 from repcodec.speech_encoders import SpeechEncoder

@@ -12,7 +12,6 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from repcodec.abx import AbxErrors, abx_sums
@@ -21,12 +20,13 @@ from repcodec.alignment import Distance
 from repcodec.architecture import FRAME_RATE
 from repcodec.checkpoint import read_config
 from repcodec.data import SAMPLE_FRAMES, FeaturesDataModule
+from repcodec.distributed import of_all_ranks, rank_and_world, sum_over_ranks
 from repcodec.errors import RepCodecError
 from repcodec.kmeans import KMeansTokenizer
 from repcodec.labels import SPEAKER, matched, matched_sentence, speaker_of
 from repcodec.packing import Tokenizer
 from repcodec.probe import BATCH_FRAMES, STEPS, ProbeData, check_held_out, phone_error_rate, probe_data
-from repcodec.quantizers import fit_centroids, several_ranks, sum_over_ranks
+from repcodec.quantizers import fit_centroids
 from repcodec.results import Result, Row
 from repcodec.scores import Scores
 from repcodec.shards import FeatureShards
@@ -313,20 +313,6 @@ class Evaluation:
         rates = of_all_ranks(rates)
         row.phone_error_rates = [rates[seed] for seed in PROBE_SEEDS]
         row.phone_error_rate = float(np.mean(row.phone_error_rates))
-
-
-def rank_and_world() -> tuple[int, int]:
-    """Return this process's number and how many there are; (0, 1) when it is alone."""
-    return (dist.get_rank(), dist.get_world_size()) if several_ranks() else (0, 1)
-
-
-def of_all_ranks(found: dict[Key, Value]) -> dict[Key, Value]:
-    """Put what every rank has found together, on each of them."""
-    if not several_ranks():
-        return found
-    parts: list[dict[Key, Value]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(parts, found)
-    return {key: value for part in parts for key, value in part.items()}
 
 
 @torch.inference_mode()

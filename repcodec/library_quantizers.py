@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Categorical
 
+from repcodec.distributed import first_rank_first, from_first_rank, sum_over_ranks
 from repcodec.errors import RepCodecError
 from repcodec.quantizers import (
     NO_CODE,
@@ -22,13 +23,10 @@ from repcodec.quantizers import (
     Quantizer,
     QuantizerOutput,
     check_size,
-    first_rank_first,
     fit_centroids,
-    from_first_rank,
     nearest_code,
     spread,
     spread_codes,
-    sum_over_ranks,
 )
 
 

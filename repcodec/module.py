@@ -11,10 +11,10 @@ from torch.optim import Optimizer
 
 from repcodec.codec import CodecOutput, RepCodec
 from repcodec.data import Batch
+from repcodec.distributed import sum_over_ranks
 from repcodec.errors import RepCodecError, first_line
 from repcodec.metrics import CodeUsage, NormalizedError, reconstruction_loss
 from repcodec.numerics import explain_not_finite, gradient_norm
-from repcodec.quantizers import sum_over_ranks
 from repcodec.stacks import frame_mask
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from repcodec.codec import RepCodec
 from repcodec.data import Batch
+from repcodec.distributed import several_ranks
 from repcodec.errors import RepCodecError
-from repcodec.quantizers import several_ranks
 
 log = logging.getLogger("repcodec")
 

@@ -28,6 +28,7 @@ LAYERS = [
         "checkpoint",
         "codec",
         "conv",
+        "distributed",
         "figures",
         "hub",
         "kmeans",
