@@ -107,7 +107,10 @@ class AbxSums:
 def abx_errors(
     items: AbxItems, frames: Callable[[int], npt.NDArray[np.number]], frame_rate: float, distance: Distance
 ) -> AbxErrors:
-    """Return the ABX errors of features or codes; see `abx_sums`."""
+    """Return the ABX errors of features or codes.
+
+    Args and errors: see `abx_sums`.
+    """
     return abx_sums(items, frames, frame_rate, distance).errors()
 
 

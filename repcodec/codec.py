@@ -270,8 +270,10 @@ class RepCodec(nn.Module):
     def encode(self, features: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Features (B, T, D), of which `lengths` (B,) are valid -> codes (B, K, ceil(T / stride)).
 
-        Beyond an utterance's last code stands `repcodec.quantizers.NO_CODE`. The utterances are run packed, so that
-        padding costs nothing, and long ones in windows, so that memory does not grow with their length.
+        Beyond an utterance's last code stands `repcodec.quantizers.NO_CODE`. No work goes into padding (`encode_packed`).
+
+        Raises:
+            RepCodecError: features of another width or shape, or lengths that do not fit them.
         """
         self._check_width(features)
         counts = [features.shape[1]] * len(features) if lengths is None else torch.as_tensor(lengths).tolist()

@@ -132,14 +132,23 @@ class Shar:
         self._checked: set[str] = set()  # archives: each is looked through once, not in every round
 
     def whole(self) -> CutList:
-        """Read all of it into memory, encoded as it is stored: for sets that are small."""
+        """Read all of it into memory, encoded as it is stored: for sets that are small.
+
+        Raises:
+            RepCodecError: an archive cannot be read.
+        """
         return CutList([cut for shard in range(len(self._shards)) for cut in self.cuts(shard)], self.source)
 
     def sample(self, seed: int, num_frames: int, frames_of: Callable[[int], int]) -> CutList:
         """Read the first cuts of the random order into memory, until they have `num_frames` frames, or all.
 
         Args:
+            seed: of the order.
+            num_frames: how many are enough.
             frames_of: samples -> frames.
+
+        Raises:
+            RepCodecError: an archive cannot be read.
         """
         found: list[Any] = []
         frames = 0
@@ -159,6 +168,9 @@ class Shar:
         Which cut stands at which place is a function of the seed alone: shards are shuffled anew each time all were
         read, and so are the cuts of `MIXED_SHARDS` of them together. The next ones are read meanwhile. Sound is kept
         encoded, and only of what is wanted, but all of it is read past.
+
+        Raises:
+            RepCodecError: an archive cannot be read.
         """
         pool = ThreadPoolExecutor(1)
         try:

@@ -246,7 +246,14 @@ class FeaturesDataModule(L.LightningDataModule):
         shuffle: bool = False,
         chosen: npt.NDArray[np.intp] | None = None,
     ) -> DataLoader[Any]:
-        """Return batches of whole utterances, this rank's share of them, each sorted by length; None: of all."""
+        """Return batches of whole utterances, this rank's share of them, each sorted by length.
+
+        Args:
+            split: of which.
+            rank, world_size: of this process.
+            shuffle: whether batches come in random order.
+            chosen: numbers of the utterances; None: all that have a frame.
+        """
         chosen = np.flatnonzero(split.lengths) if chosen is None else chosen
         order = chosen[np.argsort(split.lengths[chosen], kind="stable")][rank::world_size]
         batches: list[list[tuple[int, int]]] = [[]]

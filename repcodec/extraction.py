@@ -59,6 +59,7 @@ def extract(
         folder: where the shard goes.
         spec: the row of the encoder table, for the shard's description.
         encoder: the speech encoder, on its device.
+        rank, num_shards: which shard of how many, cut by the published rule.
         model: where its weights came from, if not from the table's hub id.
         dtype: what the features are stored as, "float32" or "float16"; they are computed in float32.
         batch_seconds: seconds of sound run at once; a longer utterance is a batch of its own.

@@ -87,7 +87,9 @@ def load_encoder_of(tokenizer: Tokenizer, model: Path | str | None = None) -> Sp
             "give the folder or hub id of that one."
         )
     if encoder.dim != tokenizer.dim:
-        raise RepCodecError(f"{model}: the encoder has width {encoder.dim}, but the tokenizer takes {tokenizer.dim}.")
+        raise RepCodecError(
+            f"{model or about['encoder']}: the encoder has width {encoder.dim}, but the tokenizer takes {tokenizer.dim}."
+        )
     return encoder
 
 

@@ -63,7 +63,11 @@ SAME = ("encoder", "weights_sha256", "layer", "frame_rate")
 
 
 def shard_files(folder: Path) -> list[Path]:
-    """List the .npy files of a folder in rank order, refusing an incomplete or mixed set."""
+    """List the .npy files of a folder in rank order.
+
+    Raises:
+        RepCodecError: there is no such folder, or it holds none, not all, or several sets.
+    """
     if not folder.is_dir():
         raise RepCodecError(f"{folder}: no such folder of feature shards; `repcodec extract` makes one.")
     found: dict[int, dict[int, Path]] = {}
@@ -127,7 +131,15 @@ def open_shard(path: Path, dim: int | None) -> Shard:
 
 
 def check_alike(shard: Shard, other: Shard, keys: Sequence[str]) -> None:
-    """Refuse shards that cannot be read together."""
+    """Refuse shards that cannot be read together.
+
+    Args:
+        shard, other: which.
+        keys: of the .json, what both must agree on besides the width.
+
+    Raises:
+        RepCodecError: names the first that differs.
+    """
     made = {"width": (shard.rows.shape[1], other.rows.shape[1])}
     made |= {key: (shard.about.get(key), other.about.get(key)) for key in keys}
     for key, (found, expected) in made.items():
