@@ -270,7 +270,7 @@ class RepCodec(nn.Module):
     def encode(self, features: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Features (B, T, D), of which `lengths` (B,) are valid -> codes (B, K, ceil(T / stride)).
 
-        Beyond an utterance's last code stands `repcodec.quantizers.NO_CODE`. No work goes into padding (`encode_packed`).
+        Beyond an utterance's last code stands `NO_CODE`. No work goes into padding; see `encode_packed`.
 
         Raises:
             RepCodecError: features of another width or shape, or lengths that do not fit them.

@@ -88,7 +88,7 @@ def load_encoder_of(tokenizer: Tokenizer, model: Path | str | None = None) -> Sp
         )
     if encoder.dim != tokenizer.dim:
         raise RepCodecError(
-            f"{model or about['encoder']}: the encoder has width {encoder.dim}, but the tokenizer takes {tokenizer.dim}."
+            f"{model or about['encoder']}: its width is {encoder.dim}, but the tokenizer takes {tokenizer.dim}."
         )
     return encoder
 
