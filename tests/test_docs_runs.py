@@ -24,7 +24,6 @@ from repcodec.manifest import Manifest, utterance_id
 BENCHMARKS = {
     "data": "--dim 16 --minutes 0.2 --runs 1 --batches 2",
     "extraction": "--audio LibriSpeech/test --runs 1",
-    "kill_extraction": "1 --audio LibriSpeech/test --files 3",
     "kills": "1 --jobs convert",
     "quantizers": "--features few --encoder whisper_tiny_en --steps 1",
     "recipes": "--features few --encoder whisper_tiny_en --steps 2 --fast-steps 2 --seeds 0",
