@@ -232,6 +232,8 @@ class AudioDataModule(FeaturesDataModule):
     The speech encoder is no part of the LightningModule, so a checkpoint holds none of its weights, only which it was.
     """
 
+    decodes = True
+
     def __init__(
         self,
         *,

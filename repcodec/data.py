@@ -104,9 +104,11 @@ class FeaturesDataModule(L.LightningDataModule):
         encoder, layer: name of the speech encoder, and its layer.
         source: where the features come from, for messages.
         device: where features are computed, if they are, when there is no trainer.
+        decodes: whether reading an utterance takes work that other processes can do.
     """
 
     source: str
+    decodes = False
 
     def __init__(
         self,
@@ -266,7 +268,8 @@ class FeaturesDataModule(L.LightningDataModule):
         if len(order) == 0:
             # Fewer utterances than ranks: an empty crop, so that all ranks meet where metrics are added up.
             batches = [[(0, 2**31)]]
-        return DataLoader(self.dataset(split, None), sampler=batches, batch_size=None)
+        workers = self.num_workers if self.decodes else 0
+        return DataLoader(self.dataset(split, None), sampler=batches, batch_size=None, num_workers=workers)
 
 
 class ShardsDataModule(FeaturesDataModule):
