@@ -19,6 +19,7 @@ from repcodec.audio import SAMPLE_RATE
 from repcodec.errors import RepCodecError
 from repcodec.packing import Tokenizer, encode_packed
 from repcodec.speech_encoders import BATCH_SECONDS, SpeechEncoder, batches_of
+from repcodec.tokens import run_lengths
 
 AUGMENTATIONS = ("noise", "gain", "speed", "reverberation")
 """What the sound is changed by, one at a time."""
@@ -144,9 +145,7 @@ def count_edits(clean: npt.NDArray[np.int64], augmented: npt.NDArray[np.int64]) 
 
     A unit is a run of frames in which the codes of all codebooks stay the same.
     """
-    codes = np.concatenate([clean, augmented], axis=1)
-    _, units = np.unique(codes, axis=1, return_inverse=True)  # a number for each tuple of codes
-    first, second = (part[np.diff(part, prepend=-1) != 0].tolist() for part in np.split(units, [clean.shape[1]]))
+    first, second = (list(map(tuple, run_lengths(codes)[0].T.tolist())) for codes in (clean, augmented))
     return Levenshtein.distance(first, second), len(first)
 
 
