@@ -6,10 +6,12 @@ from typing import Any
 from repcodec.data import ShardsDataModule
 from repcodec.demo_corpus import SPLITS, build_corpus, split_recordings
 from repcodec.demo_weights import convert_whisper_tiny_en
-from repcodec.errors import RepCodecError
 from repcodec.extraction import extract
 from repcodec.manifest import Manifest
 from repcodec.speech_encoders import encoder_table, load_speech_encoder
+
+SHIPPED = "whisper_tiny_en"
+"""The encoder whose weights the extra `demo` ships."""
 
 
 class DemoDataModule(ShardsDataModule):
@@ -23,7 +25,7 @@ class DemoDataModule(ShardsDataModule):
         audio: str | None,
         encoder: str,
         layer: int,
-        model: str | None,
+        model: str,
         labels: str | None,
         corpus_seed: int,
         **options: Any,
@@ -36,16 +38,11 @@ class DemoDataModule(ShardsDataModule):
             audio: a folder of sound files instead of the demo corpus; a tenth of the files becomes the validation
                 split and another the test split.
             encoder, layer: of the features.
-            model: hub id or folder of the speech encoder; None: the demo's Whisper tiny.en.
+            model: hub id or folder of the speech encoder; that of Whisper tiny.en itself needs no network.
             labels: phone labels of `audio`.
             corpus_seed: of the demo corpus, or of the split of `audio`.
             options: see `ShardsDataModule`.
-
-        Raises:
-            RepCodecError: no `model` for another encoder than the demo's.
         """
-        if model is None and encoder != "whisper_tiny_en":
-            raise RepCodecError(f"data=demo has weights for whisper_tiny_en only: give data.model for {encoder}.")
         self.cache, self.corpus = Path(cache), Path(cache) / name
         if audio is None and labels is None:
             labels = str(self.corpus / "phones.tsv")
@@ -68,7 +65,8 @@ class DemoDataModule(ShardsDataModule):
         else:
             split_recordings(Path(self.audio), self.corpus, self.corpus_seed)
         spec = encoder_table()[self.encoder]
-        model = self.model or convert_whisper_tiny_en(self.cache)
+        shipped = self.model == encoder_table()[SHIPPED].model
+        model = convert_whisper_tiny_en(self.cache) if shipped else self.model
         encoder = load_speech_encoder(spec, self.layer, model)
         for split in SPLITS:
             manifest = Manifest.read(self.corpus / f"{split}.tsv")

@@ -1,14 +1,14 @@
-import pytest
+from conftest import refused
 from test_demo_corpus import digests, recordings
 
 from repcodec.demo import DemoDataModule
-from repcodec.errors import RepCodecError
 
 
 def data_module(tmp_path, **options):
     return DemoDataModule(
         **{"cache": str(tmp_path / "cache"), "name": "mine", "audio": str(tmp_path / "audio"), "labels": None,
-           "encoder": "whisper_tiny_en", "layer": 3, "model": None, "dim": 384, "corpus_seed": 0} | options
+           "encoder": "whisper_tiny_en", "layer": 3, "model": "openai/whisper-tiny.en", "dim": 384,
+           "corpus_seed": 0} | options
     )  # fmt: skip
 
 
@@ -25,6 +25,7 @@ def test_own_recordings_become_three_splits_of_features(tmp_path):
     assert digests(tmp_path / "cache") == before
 
 
-def test_another_encoder_needs_a_model(tmp_path):
-    with pytest.raises(RepCodecError, match=r"give data\.model for hubert_base"):
-        data_module(tmp_path, encoder="hubert_base")
+def test_another_encoder_comes_from_where_its_model_says(tmp_path):
+    recordings(tmp_path / "audio")
+    with refused(tmp_path / "nowhere", "no such folder"):
+        data_module(tmp_path, encoder="hubert_base", layer=9, dim=768, model=str(tmp_path / "nowhere")).prepare_data()

@@ -73,7 +73,7 @@ def shrunk(script, words, models, url):
     given = " ".join(words)
     overrides = ["encoder.dim=16"]
     if "data=demo" in given or "experiment=demo" in given:
-        overrides += [f"data.model='{models}/whisper'", "data.name=few"]
+        overrides += [f"encoder.model='{models}/whisper'", "data.name=few"]
         overrides += [] if "data.audio=" in given else ["data.audio=path/to/recordings"]
     if script == "evaluate.py":
         overrides += ["kmeans=[8,16]"] if "tokens=" not in given else []
