@@ -39,8 +39,9 @@ def compare(config: DictConfig) -> None:
     """Evaluate every tokenizer, print the table and write the report."""
     run_dir, device = Path(config.run_dir), usable_device(config.device)
     # Tokens files need no features: then tokenizers are measured too only where some are named.
-    tokens = listed(config.tokens)
-    named = [str(run_dir / "codec")] if config.tokenizers is None and not tokens else listed(config.tokenizers)
+    tokens, named = (list(map(str, listed(value))) for value in (config.tokens, config.tokenizers))
+    if config.tokenizers is None and not tokens:
+        named = [str(run_dir / "codec")]
     tokenizers = [place for pattern in named for place in sorted(glob(pattern)) or [pattern]]
     kmeans = [1024] if config.kmeans is None and not tokens else listed(config.kmeans)
     for size in kmeans:

@@ -32,7 +32,7 @@ def train(config: DictConfig) -> float:
         RepCodecError: a user's mistake; another process is training in this folder.
     """
     EncoderSpec(**config.encoder).valid_layer(config.layer)
-    if not {"checkpoints", "save_codec"} <= set(config.callbacks):
+    if not (config.callbacks.get("checkpoints") and config.callbacks.get("save_codec")):
         raise RepCodecError("a run needs callbacks.checkpoints and callbacks.save_codec, or it would leave nothing.")
     data = instantiate(config.data)
     L.seed_everything(config.seed, workers=True, verbose=False)
@@ -53,8 +53,7 @@ def fit(
     start = find_checkpoint(config.ckpt_path, run_dir / "checkpoints")
     if start is not None:
         start.check_fits(module.codec, config.encoder.name, config.layer)
-        if 0 <= trainer.max_steps <= start.step:
-            log.info("%s is finished: %d steps. A larger trainer.max_steps goes on.", run_dir, start.step)
+        if start.is_finished(trainer.max_steps, run_dir):
             return start.best
     if trainer.is_global_zero:
         open_logs(loggers, run_dir, start.step if start else None)

@@ -71,9 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     wrong = False
     with tempfile.TemporaryDirectory() as folder:
-        for name, job in jobs(Path(folder)).items():
-            if args.jobs and name not in args.jobs:
-                continue
+        for name, job in jobs(Path(folder), args.jobs).items():
             trial = Trial(job, Path(folder) / "log", random.Random(args.seed))
             try:
                 trial.run(args.kills)
@@ -84,10 +82,12 @@ def main(arguments: list[str] | None = None) -> int:
     return int(wrong)
 
 
-def jobs(folder: Path) -> dict[str, Job]:
-    """Make sounds, features and codecs; return the jobs on them."""
-    build_corpus(folder / "speech", sentences={"train": 200, "valid": 1, "test": 1})
-    weights = convert_whisper_tiny_en(folder)
+def jobs(folder: Path, wanted: list[str] | None) -> dict[str, Job]:
+    """Make sounds, features and codecs; return the jobs on them that are wanted, None: all."""
+    weights = folder
+    if wanted is None or "extract" in wanted:
+        build_corpus(folder / "speech", sentences={"train": 200, "valid": 1, "test": 1})
+        weights = convert_whisper_tiny_en(folder)
     rng = np.random.default_rng(0)
     for split, count in (("train", 400), ("valid", 100), ("test", 3000)):
         with write_shard(folder / "features" / split, 0, 1, DIM, {"root": "/audio", "frame_rate": 50}) as shard:
@@ -103,7 +103,7 @@ def jobs(folder: Path) -> dict[str, Job]:
     usual = ["encoder.dim=32", f"data.dir='{features}'"]
     out = {name: folder / f"out-{name}" for name in ("extract", "tokenize", "train", "evaluate", "convert")}
     shard = "whisper_tiny_en/l3/train"
-    return {
+    found = {
         "extract": Job(
             [
                 python, *cli, "extract", f"{folder}/speech/train.tsv", f"{out['extract']}", "--encoder",
@@ -149,6 +149,7 @@ def jobs(folder: Path) -> dict[str, Job]:
             },
         ),
     }  # fmt: skip
+    return {name: job for name, job in found.items() if wanted is None or name in wanted}
 
 
 class Trial:

@@ -132,7 +132,7 @@ class SaveCodec(L.Callback):
         """Note what the data knows of the features, and whether the codec, which has its start by now, scales them."""
         assert isinstance(module, CodecModule)
         codec = module.codec
-        if not of_this_run(trainer, self.folder):
+        if not of_this_run(trainer.ckpt_path, self.folder):
             self.best = float("inf")
         self.about |= trainer.datamodule.about_features  # type: ignore[attr-defined]  # see CodecStart
         self.about["feature_norm"] = bool((codec.feature_mean != 0).any() or codec.feature_scale != 1)

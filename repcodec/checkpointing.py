@@ -66,6 +66,19 @@ class Resumption:
         """The best validation's normalized error so far."""
         return min((error for error, _ in self.contents["run"]["best"]), default=float("inf"))
 
+    def is_finished(self, max_steps: int, run_dir: Path) -> bool:
+        """Say whether there is nothing left to train.
+
+        Raises:
+            RepCodecError: so it is, but by another run.
+        """
+        if not 0 <= max_steps <= self.step:
+            return False
+        if not of_this_run(self.path, run_dir / "checkpoints"):
+            raise RepCodecError(f"{self.path} has {self.step} steps already: give a larger trainer.max_steps.")
+        log.info("%s is finished: %d steps. A larger trainer.max_steps goes on.", run_dir, self.step)
+        return True
+
     def check_fits(self, codec: RepCodec, encoder: str, layer: int) -> None:
         """Refuse to go on with another codec, or on features of another speech encoder or layer.
 
@@ -182,10 +195,9 @@ class WholeCheckpointIO(TorchCheckpointIO):
                 os.replace(path, path.with_name(PREVIOUS))
 
 
-def of_this_run(trainer: L.Trainer, folder: Path) -> bool:
-    """Say whether training goes on with a checkpoint of the run that `folder` is part of; else no best is its own."""
-    start = trainer.ckpt_path
-    return start is not None and Path(start).resolve().parents[1] == folder.resolve().parent
+def of_this_run(start: Path | str | None, folder: Path) -> bool:
+    """Say whether a checkpoint is one of the run that `folder` is part of; else what lies there is another run's."""
+    return start is not None and Path(start).resolve().parent.parent == folder.resolve().parent
 
 
 class Checkpoints(Checkpoint):
@@ -230,12 +242,13 @@ class Checkpoints(Checkpoint):
             counts = self._loaded["train_usage"].to(module.device)
             module.train_usage.counts = counts if trainer.is_global_zero else torch.zeros_like(counts)
             self._loaded = None
-        if not of_this_run(trainer, self.folder):
+        goes_on = of_this_run(trainer.ckpt_path, self.folder)
+        if not goes_on:
             self.best = []
         if trainer.is_global_zero:
             for partial in self.folder.glob(".*.partial-*"):  # of a run that was killed as it wrote
                 partial.unlink(missing_ok=True)
-            if trainer.ckpt_path is None and any(self.folder.glob("*.ckpt")):
+            if not goes_on and any(self.folder.glob("*.ckpt")):
                 aside = self.folder.with_name(f"{self.folder.name}.old")
                 shutil.rmtree(aside, ignore_errors=True)
                 self.folder.rename(aside)

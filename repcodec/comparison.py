@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from repcodec.audio import SAMPLE_RATE, read_audio
+from repcodec.audio_data import AudioDataModule
 from repcodec.checkpoint import read_config
 from repcodec.codec import RepCodec
 from repcodec.data import FeaturesDataModule
@@ -106,7 +107,8 @@ class Comparison:
         kinds.update(kmeans_label(size) for size in plan.kmeans)
         for place, tokenizer, digest in loaded:
             name = label(tokenizer) if kinds[label(tokenizer)] == 1 else f"{label(tokenizer)}, {place}"
-            self._tokenizers[name], self._curves[name] = (tokenizer, digest), _curve_of(place)
+            self._tokenizers[name] = tokenizer, digest
+            self._curves[name] = _curve_of(place) if isinstance(tokenizer, RepCodec) else []
         for path in plan.tokens:
             if not os.path.isfile(path):
                 raise RepCodecError(f"{path}: no such tokens file.")
@@ -173,6 +175,7 @@ class Comparison:
         key |= {"facts": facts, "manifest": self._manifest_sha256, "version": MEASURES_VERSION}
         if plan.data is not None and self.evaluation is not None:
             key["features"] = [self.evaluation.shards.stamp, plan.data.train.stamp, str(plan.data.source)]
+            key["seed"] = plan.data.seed  # of what the probe trains on
         return key
 
     def _once(self, name: str, about: dict[str, Any], measure: Callable[[], Result]) -> Result:
@@ -219,6 +222,8 @@ class Comparison:
     def _encoder(self, tokenizers: Sequence[Tokenizer]) -> SpeechEncoder:
         """Load the speech encoder of the features, from where they say it is or a tokenizer does."""
         assert self.plan.data is not None
+        if isinstance(self.plan.data, AudioDataModule):
+            return self.plan.data.speech_encoder
         known = [tokenizer for tokenizer in tokenizers if tokenizer.about.get("encoder") is not None]
         place = self.plan.data.about_features.get("encoder_model")
         is_there = place is not None and Path(place).is_dir()
@@ -308,5 +313,5 @@ def _if_there(read: Callable[[], npt.NDArray[np.float32]]) -> npt.NDArray[np.flo
 
 def _curve_of(place: str) -> list[tuple[int, float]]:
     """Return (step, normalized error) of each validation of a codec that still lies in the folder of its run."""
-    rows = read_validations(Path(place).parent / "validations.csv")
+    rows = read_validations(local_folder(place).parent / "validations.csv")
     return [(int(row["step"]), row["valid/normalized_error"]) for row in rows if "valid/normalized_error" in row]

@@ -3,13 +3,11 @@
 import csv
 import logging
 import math
-import netrc
 import os
 import subprocess
 from pathlib import Path
 from time import perf_counter
 from typing import Any
-from urllib.parse import urlsplit
 
 import lightning as L
 import numpy as np
@@ -17,8 +15,10 @@ import numpy.typing as npt
 import torch
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from requests.utils import get_netrc_auth
 from torch import Tensor
 
+from repcodec.checkpointing import of_this_run
 from repcodec.figures import codebook_figure, curves_figure, png, usage_figure
 from repcodec.files import atomic_write
 from repcodec.loaders import ResumableLoader
@@ -95,16 +95,8 @@ class WandbRun(WandbLogger):
         hosts = [settings.base_url]
         if "WANDB_BASE_URL" not in os.environ:
             hosts.append("https://api.wandb.ai")  # where those who logged in before W&B's server had a new name
-        known = settings.api_key or settings.identity_token_file or any(map(_in_netrc, hosts))
+        known = settings.api_key or settings.identity_token_file or any(get_netrc_auth(host) for host in hosts)
         return "online" if known else "offline"
-
-
-def _in_netrc(url: str) -> bool:
-    """Say whether the user's netrc file, or the one that NETRC names, has a password for a server."""
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(urlsplit(url).hostname or "") is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
 
 
 class Rates(L.Callback):
@@ -189,17 +181,21 @@ class Dashboard(L.Callback):
         self.hours_before = 0.0
 
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
-        """Read what a run in this folder left, and note the commit."""
+        """Note the commit."""
         self.began = perf_counter()
         if not trainer.is_global_zero:
             return
-        self.rows = read_validations(self.folder / "validations.csv")
         commit = git_commit()
         with atomic_write(self.folder / "commit.txt") as file:
             file.write(f"{commit or 'not from a git checkout'}\n")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.experiment.config.update({"git_commit": commit}, allow_val_change=True)
+
+    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Read what the run left that goes on here."""
+        if trainer.is_global_zero and of_this_run(trainer.ckpt_path, self.folder / "figures"):
+            self.rows = read_validations(self.folder / "validations.csv")
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -142,8 +142,10 @@ class FeaturesDataModule(L.LightningDataModule):
         for name, value in (("batch_size", batch_size), ("crop", crop), ("whole_frames", whole_frames)):
             if type(value) is not int or value < 1:
                 raise RepCodecError(f"data.{name}={value}: expected a whole number, at least 1.")
-        if type(seed) is not int or seed < 0:
-            raise RepCodecError(f"seed={seed}: expected a whole number, at least 0.")
+        if type(num_workers) is not int or num_workers < 0:
+            raise RepCodecError(f"data.num_workers={num_workers}: expected a whole number, at least 0.")
+        if type(seed) is not int or not 0 <= seed < 2**32:
+            raise RepCodecError(f"seed={seed}: expected a whole number from 0 to {2**32 - 1}.")
         self.dim, self.encoder, self.layer = dim, encoder, layer
         self.labels = labels
         self.batch_size, self.crop, self.seed, self.num_workers = batch_size, crop, seed, num_workers

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -31,9 +30,6 @@ from repcodec.results import Result, Row
 from repcodec.scores import Scores
 from repcodec.shards import FeatureShards
 from repcodec.tokenization import encode_shards
-
-Key = TypeVar("Key")
-Value = TypeVar("Value")
 
 PROBE_SEEDS = (0, 1, 2)
 """Of the recognition probe's runs, whose spread says how much a difference between tokenizers means."""

@@ -127,7 +127,9 @@ class KMeansTokenizer(nn.Module):
             )
         codes = nearest_code(features.flatten(0, 1).to(self.centroids.dtype), self.centroids).view(features.shape[:2])
         if lengths is not None:
-            codes = codes.masked_fill(~frame_mask(torch.as_tensor(lengths), features.shape[1]), NO_CODE)
+            codes = codes.masked_fill(
+                ~frame_mask(torch.as_tensor(lengths, device=codes.device), features.shape[1]), NO_CODE
+            )
         return codes[:, None]
 
     @torch.no_grad()

@@ -199,7 +199,7 @@ def list_sounds(paths: Sequence[Path], skip_bad: bool = False) -> Manifest:
 
     Args:
         paths: of the files.
-        skip_bad: leave out unreadable files and note them in `skipped`, instead of refusing the first.
+        skip_bad: leave out unusable files and note them in `skipped`, instead of refusing the first.
 
     Raises:
         RepCodecError: none is usable, or one is unreadable, a folder, has a name that a line cannot hold, or the id
@@ -215,16 +215,18 @@ def list_sounds(paths: Sequence[Path], skip_bad: bool = False) -> Manifest:
     skipped: dict[str, str] = {}
     for path in files:
         name = path.relative_to(root).as_posix()
-        check_lines(name)
-        if utterance_id(name) in ids:
-            raise RepCodecError(f"{path}: has the id of another one; ids are paths without endings, rename one.")
-        ids.add(utterance_id(name))
         try:
-            listed[name] = num_samples_at_16khz(path)
+            check_lines(name)
+            num_samples = num_samples_at_16khz(path)
+            if utterance_id(name) in ids:
+                raise RepCodecError(f"{path}: has the id of another one; ids are paths without endings, rename one.")
         except RepCodecError as error:
             if not skip_bad:
                 raise
             skipped[name] = str(error)
+            continue
+        ids.add(utterance_id(name))
+        listed[name] = num_samples
     if not listed:
         raise RepCodecError(f"{root}: none of the {len(files)} sound files can be read: {next(iter(skipped.values()))}")
     return Manifest(root, list(listed), list(listed.values()), skipped)

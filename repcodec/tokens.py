@@ -377,8 +377,12 @@ class LineWriter:
 
 
 def put_in_place(partial: Path, path: Path, about: dict[str, Any]) -> None:
-    """Give a whole tokens file its name, then its description; the old description goes first, as it is not of it."""
+    """Give a whole tokens file its description, then its name; what stood there goes first, as it is something else.
+
+    Killed in between, `partial` is still there, and the next run ends with it.
+    """
     about_path(path).unlink(missing_ok=True)
-    os.replace(partial, path)
+    path.unlink(missing_ok=True)
     with atomic_write(about_path(path)) as file:
-        json.dump({**about, "bytes": os.path.getsize(path)}, file, indent=1, ensure_ascii=False)
+        json.dump({**about, "bytes": os.path.getsize(partial)}, file, indent=1, ensure_ascii=False)
+    os.replace(partial, path)

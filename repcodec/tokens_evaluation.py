@@ -3,6 +3,7 @@
 Axes: K codebooks, N codes an utterance.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,10 +49,11 @@ class TokensFacts:
         Raises:
             RepCodecError: says which.
         """
-        for name, kinds in (("codes_per_second", (int, float)), ("codebook_size", int)):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, kinds) and value > 0):
-                raise RepCodecError(f"{name}={value}: expected a number above 0.")
+        rate, size = self.codes_per_second, self.codebook_size
+        if rate is not None and not (type(rate) in (int, float) and 0 < rate < math.inf):
+            raise RepCodecError(f"codes_per_second={rate}: expected a number above 0.")
+        if size is not None and not (type(size) is int and size > 0):
+            raise RepCodecError(f"codebook_size={size}: expected a whole number above 0.")
 
 
 def measure_tokens(

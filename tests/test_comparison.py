@@ -19,11 +19,12 @@ from repcodec.codec import RepCodec
 from repcodec.comparison import Comparison, Plan
 from repcodec.data import ShardsDataModule
 from repcodec.demo_corpus import SPLITS
-from repcodec.evaluation import Measures
+from repcodec.evaluation import Evaluation, Measures
 from repcodec.extraction import extract
 from repcodec.kmeans import KMeansTokenizer
 from repcodec.labels import PhoneLabels
 from repcodec.manifest import Manifest
+from repcodec.report_tables import tables
 from repcodec.shards import FeatureShards
 from repcodec.speech_encoders import encoder_table, load_speech_encoder
 from repcodec.tokens_evaluation import TokensFacts
@@ -183,6 +184,8 @@ def test_curves_stay_with_the_tokenizers_they_are_of(splits, tmp_path):
         ("tokenizers=nothing", "nothing/config.json"),
         ("tokens=none.tokens", "none.tokens: no such tokens file"),
         ("layer=9.5", "layer=9.5: hubert_base has layers 1 to 12"),
+        ("tokenizers=5", "5/config.json"),
+        ("codebook_size=8.5", "codebook_size=8.5: expected a whole number above 0"),
         ("codes_per_second=-50", "codes_per_second=-50: expected a number above 0"),
         ("codes_per_second=fifty", "codes_per_second=fifty: expected a number above 0"),
     ],
@@ -196,6 +199,34 @@ def test_one_value_alone_is_a_list_of_it(splits, tmp_path):
     place = saved(tmp_path)
     rows = evaluate_here(splits, tmp_path / "run", f"tokenizers={place}", "kmeans=4")
     assert [row["name"] for row in rows] == ["RepCodec 8", "k-means 4"]
+
+
+def test_the_probe_reads_as_much_as_it_can_train_on(splits, tmp_path, labels, monkeypatch):
+    monkeypatch.setattr("repcodec.evaluation.STEPS", 1)
+    monkeypatch.setattr("repcodec.evaluation.BATCH_FRAMES", 100)
+    chosen = []
+    for seed in (0, 0, 1):
+        data = ShardsDataModule(
+            dim=DIM, encoder="hubert_base", layer=9, dir=str(splits), labels=str(labels), seed=seed
+        )  # fmt: skip
+        monkeypatch.setattr("repcodec.evaluation.check_held_out", lambda *_: None)
+        evaluation = Evaluation(data, "test", Measures(probe=True))
+        chosen.append(evaluation._probe_numbers)
+        lengths = evaluation._probe_train[0].lengths
+        assert 0 < lengths[list(chosen[-1])].sum() <= 100 < lengths.sum()
+    assert chosen[0] == chosen[1] != chosen[2]
+
+
+def test_the_table_says_what_abx_compared(splits, tmp_path, labels):
+    results = Comparison(plan(splits, tmp_path, labels, measures=Measures(abx=True))).run()
+    kinds = {(result.row.abx_kind, result.row.abx_items) for result in results}
+    ((kind, items),) = kinds
+    (table,) = [table for table in tables(results) if table.title == "ABX"]
+    assert kind in ("phone", "triphone") and items > 0
+    assert f"Compared are {items} {kind}s." in table.about
+    results[0].row.abx_kind, results[0].row.abx_items = "triphone", 7
+    (table,) = [table for table in tables(results) if table.title == "ABX"]
+    assert f"7 triphones of k-means 5, {items} {kind}s of features" in table.about
 
 
 def test_abx_and_probe_need_labels(splits, tmp_path):

@@ -43,7 +43,7 @@ def run(tmp_path, splits):
         accelerator="cpu", max_steps=4, max_epochs=-1, val_check_interval=2, check_val_every_n_epoch=None,
         num_sanity_val_steps=0, logger=False, enable_progress_bar=False, enable_model_summary=False,
         callbacks=[
-            SaveCodec(str(tmp_path / "codec"), "hubert_base", 9, 50, monitor),
+            SaveCodec(str(tmp_path / "codec"), "hubert_base", 9, 50),
             ModelCheckpoint(tmp_path / "checkpoints", "best", monitor=monitor),
         ],
     )  # fmt: skip

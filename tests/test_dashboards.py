@@ -180,11 +180,11 @@ def test_dashboards_change_no_training_and_no_random_state(splits, tmp_path):
 
 
 def test_table_goes_on_after_a_resume(splits, tmp_path, undrawn):
-    fit(splits, tmp_path / "stopped", steps=3, save=tmp_path / "at3.ckpt")
+    fit(splits, tmp_path / "stopped", steps=3, save=tmp_path / "stopped" / "checkpoints" / "at3.ckpt")
     with open(tmp_path / "stopped" / "validations.csv", newline="") as file:
         assert [row["step"] for row in csv.DictReader(file)] == ["0", "2", "3"]
     hours = read_validations(tmp_path / "stopped" / "validations.csv")[-1]["hours"]
-    fit(splits, tmp_path / "stopped", steps=6, ckpt_path=tmp_path / "at3.ckpt")
+    fit(splits, tmp_path / "stopped", steps=6, ckpt_path=tmp_path / "stopped" / "checkpoints" / "at3.ckpt")
     fit(splits, tmp_path / "whole", steps=6)
     resumed, whole = (read_validations(tmp_path / name / "validations.csv") for name in ("stopped", "whole"))
     assert [row["step"] for row in resumed] == [0, 2, 3, 4, 6]

@@ -242,3 +242,6 @@ def test_listed_files_that_cannot_be_read_are_left_out_when_asked(tmp_path):
         list_sounds(paths[:1], skip_bad=True)
     with refused(tmp_path / "good.wav", "has the id of another one"):
         list_sounds([tmp_path / "good.wav"] * 2)
+    (tmp_path / "good.mp3").write_bytes(b"no sound")
+    found = list_sounds([tmp_path / "good.mp3", tmp_path / "good.wav", tmp_path / "good.wav"], skip_bad=True)
+    assert found.paths == ["good.wav"], "one that cannot be read takes no id"

@@ -237,3 +237,22 @@ def test_a_folder_or_a_name_twice_is_told_before_anything_is_computed(tmp_path, 
     with refused("line break"):
         run(codec, FeatureShards(tmp_path / "test"), tmp_path / "out")
     assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_kill_as_the_file_is_put_in_place_loses_no_line(codec, shards, tmp_path, monkeypatch):
+    run(codec, shards, tmp_path / "whole")
+    replace = os.replace
+
+    def killed(source, target):
+        if target == tmp_path / "out":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(codec, shards, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(LineWriter, "write", lambda self, line: pytest.fail("written again"))
+    run(codec, shards, tmp_path / "out")
+    assert (tmp_path / "out").read_bytes() == (tmp_path / "whole").read_bytes()

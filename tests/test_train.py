@@ -16,9 +16,11 @@ from conftest import FAST_CODEC, refused, write_split
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from repcodec.checkpointing import of_this_run
 from repcodec.codec import RepCodec
 from repcodec.errors import RepCodecError, user_message
 from repcodec.files import locked
+from repcodec.logs import read_validations
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -261,6 +263,9 @@ def test_missing_features_name_the_command(tmp_path):
         ("optimizer.lr=fast", "optimizer or scheduler: an option does not fit"),
         ("data.crop=1.5", "data.crop=1.5: expected a whole number"),
         ("seed=a", "seed=a: expected a whole number"),
+        ("seed=5000000000", "seed=5000000000: expected a whole number"),
+        ("data.num_workers=many", "data.num_workers=many: expected a whole number"),
+        ("callbacks.checkpoints=null", "callbacks.checkpoints"),
         ("layer=many", "layer=many: hubert_base has layers 1 to 12"),
         ("~callbacks.save_codec", "callbacks.save_codec"),
         ("~callbacks.checkpoints", "callbacks.checkpoints"),
@@ -283,6 +288,13 @@ def test_a_run_from_another_runs_checkpoint_saves_its_own_best(splits, tmp_path)
     assert config["figures"]["normalized_error"] == pytest.approx(best)
     assert best > first["figures"]["normalized_error"], "worse than what the other run had found"
     assert (tmp_path / "two" / "checkpoints" / "best.ckpt").exists()
+    # Again, where this run has been before: what it left is set aside, and its curve begins anew.
+    run_here(splits, tmp_path / "two", "logger=none", f"ckpt_path='{start}'", *worse)
+    assert (tmp_path / "two" / "checkpoints.old" / "best.ckpt").exists()
+    assert [row["step"] for row in read_validations(tmp_path / "two" / "validations.csv")] == [6]
+    with refused(start, "has 3 steps already"):
+        run_here(splits, tmp_path / "three", "logger=none", f"ckpt_path='{start}'", "trainer.max_steps=3")
+    assert of_this_run("/last.ckpt", tmp_path / "codec") is False
 
 
 def test_nan_features_in_a_worker_end_the_run_in_one_sentence(splits, tmp_path):
