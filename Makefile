@@ -51,7 +51,7 @@ test: venv
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 25 -m 'not slow'
 
 test-all: venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,parity]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,parity,faiss]'
 	$(BIN)/python -m pytest
 
 # Lines and branches that make test reaches, by file; fails where it is less than 90 % of a file of the package.

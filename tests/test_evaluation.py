@@ -1,15 +1,18 @@
 import json
+import sys
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import DIM
+from conftest import DIM, refused
 
 from repcodec.codec import RepCodec
 from repcodec.data import ShardsDataModule
 from repcodec.errors import RepCodecError
 from repcodec.evaluation import Evaluation, Measures, fit_kmeans
 from repcodec.kmeans import KMeansTokenizer
+from repcodec.probe import phone_error_rate
 
 
 def module(splits, labels=None, **options):
@@ -143,3 +146,29 @@ def test_fitted_kmeans_says_what_features_it_is_of(splits, tmp_path):
     for path in splits.glob("train/*.json"):  # other weights are not
         path.write_text(path.read_text().replace("ab" * 32, "cd" * 32))
     assert fit_kmeans(module(splits), 5, tmp_path / "k").about["encoder_sha256"] == "cd" * 32
+
+
+def test_faiss_fits_as_well_as_scikit_learn(splits, tmp_path, monkeypatch):
+    pytest.importorskip("faiss", reason="pip install 'repcodec[faiss]'")
+    data, errors = module(splits), []
+    for library in ("faiss", "scikit-learn"):
+        if library != "faiss":
+            monkeypatch.setitem(sys.modules, "faiss", None)
+        kmeans = fit_kmeans(data, 8, tmp_path / library)
+        assert kmeans.about["fitted_with"].startswith(library)
+        errors.append(evaluate(kmeans, library, data).row.normalized_error)
+        with refused("needs at least as many frames"):
+            fit_kmeans(data, 1000, tmp_path / "too many")
+    assert errors[0] == pytest.approx(errors[1], rel=0.15)
+
+
+def test_the_probe_hears_codes_and_features_of_every_split(splits, labels, codec, monkeypatch):
+    monkeypatch.setattr("repcodec.evaluation.check_held_out", lambda *_: None)
+    monkeypatch.setattr("repcodec.evaluation.phone_error_rate", partial(phone_error_rate, steps=2))
+    evaluation = Evaluation(module(splits, labels), "test", Measures(probe=True, abx=True))
+    codes, features = evaluation.measure(codec.float().eval(), "c").row, evaluation.measure_features().row
+    for row in (codes, features):
+        assert len(row.phone_error_rates) == 3
+        assert row.phone_error_rate == pytest.approx(np.mean(row.phone_error_rates)) and row.phone_error_rate > 0
+        assert row.abx_kind in ("phone", "triphone")
+    assert features.is_ceiling and not codes.is_ceiling
