@@ -1,11 +1,14 @@
+import errno
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, Dataset
 
-from repcodec.errors import RepCodecError, user_message
+from repcodec.errors import RepCodecError, one_sentence, user_message
 
 CONF = Path(__file__).parent.parent / "conf"
 SENTENCE = "/data/0_1.npy: the features have width 768, expected 1024; extract them again."
@@ -78,3 +81,24 @@ def test_a_wrong_override_is_one_sentence_that_names_it_and_what_there_is(overri
     message = user_message(caught.value)
     assert message.startswith(sentence)
     assert "\n" not in message and "search path" not in message
+
+
+def test_words_of_the_libraries_that_are_the_users_business():
+    for name in ("InductorError", "BackendCompilerFailed"):
+        error = type(name, (RuntimeError,), {})("no compiler\nand much more")
+        assert user_message(error) == (
+            "module.compile=true: torch.compile fails (no compiler); train with module.compile=false."
+        )
+    assert user_message(MisconfigurationException("no GPU here")) == "no GPU here"
+    lost = RuntimeError("[gloo/transport/tcp/pair.cc] /gloo/transport: Connection closed by peer")
+    for error in (lost, dist.DistNetworkError("timed out")):
+        assert user_message(error).startswith("another process of this run has died or no longer answers")
+    assert user_message(OSError(errno.ENOSPC, "No space left on device")).startswith("No space left on device: free")
+
+
+def test_an_error_of_the_program_itself_keeps_its_traceback(capsys):
+    with pytest.raises(ZeroDivisionError), one_sentence():
+        raise ZeroDivisionError
+    with pytest.raises(SystemExit) as stop, one_sentence():
+        raise RepCodecError(SENTENCE)
+    assert stop.value.code == 1 and capsys.readouterr().err == f"error: {SENTENCE}\n"

@@ -11,17 +11,18 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import FAST_CODEC, write_split
+from conftest import FAST_CODEC, refused, write_split
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.singleton import Singleton
 from hydra.errors import MissingConfigException
 from hydra.utils import instantiate
+from omegaconf import OmegaConf
 
 from repcodec.errors import user_message
 from repcodec.files import locked
-from repcodec.sweeps import Job, run_job
+from repcodec.sweeps import Job, _train_apart, run_job
 
 ROOT = Path(__file__).parent.parent
 FAST = [*FAST_CODEC, "data.batch_size=4", "data.crop=16", "trainer.max_steps=2", "trainer.val_check_interval=2"]
@@ -235,6 +236,34 @@ def test_slurm_gets_an_array_of_jobs_that_go_back_into_the_queue(sweep, tmp_path
     for wanted in ("array=0-2%3", "signal=USR2@300", "requeue", "open-mode=append", "gpus-per-node=1", "partition=gpu"):
         assert f"#SBATCH --{wanted}" in lines
     assert "-m submitit.core._submit" in next(line for line in lines if line.startswith("srun "))
+
+
+SCRIPT = """
+import json, sys
+from pathlib import Path
+given = dict(word.split("=", 1) for word in sys.argv[1:])
+folder = Path(given["hydra.run.dir"].strip("'"))
+print("progress", file=sys.stderr)
+if given["seed"] == "1":
+    sys.exit("error: no such features.")
+if given["seed"] == "2":
+    sys.exit(7)
+(folder / "codec").mkdir(parents=True)
+(folder / "codec" / "config.json").write_text(json.dumps({"figures": {"normalized_error": 0.5}}))
+"""
+
+
+def test_a_job_of_several_ranks_runs_by_its_own_command_and_brings_back_its_error(tmp_path, capfd):
+    """The command is another here; with train.py and two ranks it runs in the slow tests below."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    config = OmegaConf.create({"run_dir": str(tmp_path / "0"), "run": "a job", "ckpt_path": None, "logger": {}})
+    script = str(tmp_path / "script.py")
+    assert _train_apart(config, ["seed=0"], script) == 0.5
+    assert "progress" in capfd.readouterr().err
+    with refused("no such features."):
+        _train_apart(config, ["seed=1"], script)
+    with refused("its process ended with code 7", tmp_path / "0" / "train.log"):
+        _train_apart(config, ["seed=2"], script)
 
 
 @pytest.mark.slow
