@@ -25,8 +25,20 @@ FAST_CODEC = ["encoder.dim=8", "quantizer.codebook_size=16"]
 os.environ["WANDB_MODE"] = "offline"  # whoever runs the tests may be logged in
 
 
+LONG = (
+    "test_comparison", "test_extraction", "test_train", "test_config", "test_notebooks", "test_commands",
+    "test_resume", "test_hub", "test_ranks", "test_imports", "test_library_quantizers", "test_published", "test_export",
+    "test_docs", "test_audio_data", "test_ddp", "test_sweeps", "test_readme", "test_evaluate", "test_abx",
+)  # fmt: skip
+"""Files that take longest: they begin first, so that no process is left alone with one at the end."""
+
+
 def pytest_addoption(parser):
     parser.addoption("--published", metavar="FOLDER", help="folder of published checkpoints, NAME.pkl")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
 def write_split(
