@@ -55,6 +55,7 @@ def test_a_second_evaluation_in_the_same_folder_is_refused(splits, tmp_path):
     assert not (tmp_path / "run" / "results.json").exists()
 
 
+@pytest.mark.slow  # test_comparison.py has the sentences
 def test_mistake_is_one_sentence(splits, tmp_path):
     result = evaluate(splits, tmp_path / "run", f"tokenizers=['{tmp_path}/nothing']")
     assert result.returncode == 1

@@ -204,11 +204,11 @@ def stop_process(splits, run_dir, *options, number, delay):
 
 
 def test_a_killed_process_goes_on_bit_for_bit(features, tmp_path):
-    options = [*OPTIONS, "trainer.max_steps=200", "trainer.val_check_interval=20"]
+    options = [*OPTIONS, "trainer.max_steps=120", "trainer.val_check_interval=20"]
     run_here(features, tmp_path / "whole", *options)
-    delay = random.SystemRandom().uniform(0, 0.5)
+    delay = random.SystemRandom().uniform(0, 0.2)
     assert stop_process(features, tmp_path / "run", *options, number=signal.SIGKILL, delay=delay) == -signal.SIGKILL
-    assert read(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] < 200
+    assert read(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] < 120
     result = run(features, tmp_path / "run", *options, "ckpt_path=last")
     assert result.returncode == 0, result.stderr
     equal_runs(tmp_path / "whole", tmp_path / "run")

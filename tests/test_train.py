@@ -326,6 +326,7 @@ def test_option_that_does_not_fit_is_one_sentence(splits, tmp_path):
     assert "same product" in one_sentence(run(splits, tmp_path / "run", "codec.enc_strides=[1,2]"))
 
 
+@pytest.mark.slow  # test_disk.py has the sentences
 def test_unwritable_output_folder_is_one_sentence(splits, tmp_path):
     (tmp_path / "file").write_text("in the way")
     assert str(tmp_path / "file" / "run") in one_sentence(run(splits, tmp_path / "file" / "run"))
