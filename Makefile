@@ -18,6 +18,9 @@ STEPS ?= 200
 COMPARED := $(RUN)/compare
 COMPARE := experiment=demo data.name=$(RUN) trainer.max_steps=$(STEPS) $(DATA) $(OVERRIDES)
 
+# Two processes, a file in one of them; in the order of tests/conftest.py.
+SHORT_TESTS := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow'
+
 .PHONY: venv demo compare test test-all coverage lint docs clean
 venv: $(VENV)/.installed
 
@@ -48,7 +51,7 @@ compare: venv
 	  "tokenizers=['outputs/$(COMPARED)/sizes/*/codec','outputs/$(COMPARED)/residual/*/codec']" "kmeans=[$(SIZES)]" $(MEASURES)
 
 test: venv
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 25 -m 'not slow'
+	$(SHORT_TESTS) --durations 25
 
 test-all: venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,parity,faiss]'
@@ -56,7 +59,7 @@ test-all: venv
 
 # Lines and branches that make test reaches, by file; fails where it is less than 90 % of a file of the package.
 coverage: venv
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow' --cov --cov-report=term --cov-report=html:outputs/coverage
+	$(SHORT_TESTS) --cov --cov-report=term --cov-report=html:outputs/coverage
 	@for file in repcodec/*.py; do \
 	  $(BIN)/coverage report --include="$$file" --fail-under=90 > /dev/null || { echo "$$file: less than 90 %"; low=1; }; \
 	done; exit $${low:-0}

@@ -15,6 +15,7 @@ import soundfile
 import torch
 from conftest import refused
 from hydra import compose, initialize_config_dir
+from test_comparison import evaluated
 from test_train import equal_checkpoints, metrics
 
 from repcodec.audio_data import AudioDataModule, SharDataset
@@ -255,19 +256,14 @@ def test_two_processes_equal_one_with_both_halves_of_the_batch(speech, whisper_f
 
 
 def test_evaluation_from_sound_gives_the_figures_of_shards(trained, speech, whisper_folder, features, tmp_path):
-    from evaluate import compare
-
     common = [f"tokenizers=['{trained}/sound/codec']", "kmeans=[]", f"data.labels='{speech}/phones.tsv'",
               "robustness=true", "encoder=whisper_tiny_en", f"encoder.model='{whisper_folder}'",
               f"layer={LAYER}"]  # fmt: skip
     sounds = [f"data.{split}='{speech}/{split}.tsv'" for split in ("train", "valid", "test")]
     figures = []
     for name, source in (("sound", ["data=audio", *sounds]), ("shards", [f"data.root='{features}'"])):
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            config = compose("evaluate", [*common, *source, f"run_dir='{tmp_path / name}'"])
-        compare(config)
-        figures.append(json.loads((tmp_path / name / "results.json").read_text()))
-    one, two = (found["rows"][0] for found in figures)
+        figures.append(evaluated(tmp_path / name, *common, *source)[0])
+    one, two = figures
     assert one.keys() == two.keys()
     assert "RepCodec" in one["name"] and one["unit_edit_distance"]
     for key, value in one.items():

@@ -235,11 +235,16 @@ def test_abx_and_probe_need_labels(splits, tmp_path):
 
 
 def evaluate_here(splits, run_dir, *overrides):
+    """Run evaluate.py's own function on small shards; return the rows of its results."""
+    return evaluated(run_dir, "encoder.dim=8", f"data.dir='{splits}'", *overrides)
+
+
+def evaluated(run_dir, *overrides):
     """Run evaluate.py's own function on the shipped configuration; return the rows of its results."""
     from evaluate import compare
 
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = compose("evaluate", ["encoder.dim=8", f"data.dir='{splits}'", f"run_dir='{run_dir}'", *overrides])
+        config = compose("evaluate", [f"run_dir='{run_dir}'", *overrides])
     compare(config)
     return json.loads((run_dir / "results.json").read_text())["rows"]
 
