@@ -54,10 +54,11 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="of sound at most")
     parser.add_argument("--batch-seconds", type=float, default=100.0)
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--device", default="cpu", help="(default cpu)")
     parser.add_argument("--cache", default="cache", help="folder for the corpus and the weights")
     args = parser.parse_args()
     spec = encoder_table()[args.shape]
-    encoder = load_speech_encoder(spec, args.layer, weights(args.shape, Path(args.cache)))
+    encoder = load_speech_encoder(spec, args.layer, weights(args.shape, Path(args.cache))).to(args.device)
     manifest = first_minutes(sounds(args.audio, Path(args.cache)), args.minutes)
     seconds = sum(manifest.num_samples) / SAMPLE_RATE
     ways: dict[str, Callable[[Path], None]] = {
@@ -74,7 +75,8 @@ def main() -> None:
                 run(Path(folder))
                 times[way].append(time.perf_counter() - start)
     print(
-        f"{args.shape}, layer {encoder.layer}, {len(manifest)} utterances, {seconds / 60:.1f} minutes, {args.runs} runs"
+        f"{args.shape} on {args.device}, layer {encoder.layer}, {len(manifest)} utterances, "
+        f"{seconds / 60:.1f} minutes, {args.runs} runs"
     )
     reference = statistics.median(times["one at a time"])
     for way, found in times.items():
@@ -116,22 +118,24 @@ def first_minutes(manifest: Manifest, minutes: float) -> Manifest:
 @torch.inference_mode()
 def one_at_a_time(manifest: Manifest, encoder: SpeechEncoder, folder: Path) -> None:
     """Read an utterance, run it, write it; then the next."""
+    device = next(encoder.parameters()).device
     with write_shard(folder, 0, 1, encoder.dim, {"root": str(manifest.root), "frame_rate": 50}) as shard:
         for utterance, path in enumerate(manifest.paths):
-            (features,) = encoder([torch.from_numpy(manifest.waveform(utterance))])
-            shard.append(path, features.numpy())
+            (features,) = encoder([torch.from_numpy(manifest.waveform(utterance)).to(device)])
+            shard.append(path, features.cpu().numpy())
 
 
 @torch.inference_mode()
 def padded(manifest: Manifest, encoder: SpeechEncoder, batch_seconds: float) -> None:
     """Run batches of like lengths, padded behind the convolutions, with masked attention."""
+    device = next(encoder.parameters()).device
     order = sorted(range(len(manifest)), key=lambda utterance: manifest.num_samples[utterance])
     for batch in batches_of([manifest.num_samples[utterance] for utterance in order], batch_seconds):
-        waveforms = [torch.from_numpy(manifest.waveform(order[i])) for i in batch]
+        waveforms = [torch.from_numpy(manifest.waveform(order[i])).to(device) for i in batch]
         inputs = [encoder.segments(waveform)[0] for waveform in waveforms]
         lengths = torch.tensor([len(one) for one in inputs])
         x = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True)
-        mask = (torch.arange(x.shape[1]) < lengths[:, None])[:, None, None]
+        mask = (torch.arange(x.shape[1]) < lengths[:, None])[:, None, None].to(device)
         for block in encoder.blocks:
             x = x + _attention(block, x, mask)
             x = x + block.fc2(block.activation_fn(block.fc1(block.final_layer_norm(x))))

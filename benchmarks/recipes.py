@@ -1,7 +1,7 @@
 """Does `experiment=fast` win, and what does each of its ingredients give? Draws the curves and prints the table.
 
     python benchmarks/recipes.py --features cache/demo/features/whisper_tiny_en/l3 --encoder whisper_tiny_en
-    python benchmarks/recipes.py --features features/hubert_base/l9 --encoder hubert_base --seeds 0 --without
+    python benchmarks/recipes.py --features features/hubert_base/l9 --encoder hubert_base --without trainer=gpu
 
 Every run is `train.py` itself, in a folder of its own below --out; a finished one is not run again, one that was
 stopped goes on. The published recipe and the winning one are trained with every seed; with --without also the winning
@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="crops a batch (default 16)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default 0 1 2)")
     parser.add_argument("--without", action="store_true", help="also leave each ingredient out")
+    parser.add_argument("overrides", nargs="*", help="of train.py in every run, as trainer=gpu")
     parser.add_argument("--out", type=Path, default=Path("outputs/recipes"), help="(default outputs/recipes)")
     args = parser.parse_args()
 
@@ -78,7 +79,7 @@ def train(args: argparse.Namespace, overrides: list[str], seed: int, folder: Pat
     command = [
         sys.executable, str(TRAIN), f"encoder={args.encoder}", f"data.dir={args.features}",
         f"hydra.run.dir={folder}", f"run={folder.name}", f"seed={seed}", f"data.batch_size={args.batch}", "logger=csv",
-        "trainer.val_check_interval=50", "ckpt_path=last", *overrides,
+        "trainer.val_check_interval=50", "ckpt_path=last", *overrides, *args.overrides,
     ]  # fmt: skip
     if args.layer is not None:
         command.append(f"layer={args.layer}")

@@ -47,17 +47,18 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=768, help="feature width (default 768)")
     parser.add_argument("--minutes", type=float, default=10.0, help="of speech (default 10)")
     parser.add_argument("--runs", type=int, default=5, help="of each way (default 5)")
+    parser.add_argument("--device", default="cpu", help="(default cpu)")
     parser.add_argument("--hours", type=float, help="instead: one utterance so long, and the peak of memory alone")
     parser.add_argument("--one", nargs=2, metavar=("WAY", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(run(args.one[0], Path(args.one[1]))))
+        print(json.dumps(run(args.one[0], Path(args.one[1]), args.device)))
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if args.hours:
             prepare(folder, args.dim, [round(args.hours * 180_000)])
-            found = in_process("tokenize", folder)
+            found = in_process("tokenize", folder, args.device)
             print(f"{args.hours:g} hours in one utterance, width {args.dim}: {found['rate']:.0f} frames a second, "
                   f"peak {found['peak']:.0f} MiB")  # fmt: skip
             return
@@ -65,7 +66,7 @@ def main() -> None:
         results: dict[str, list[dict]] = {"plain": [], "tokenize": []}
         for number in range(args.runs):
             for way, found in results.items():
-                found.append(in_process(way, folder))
+                found.append(in_process(way, folder, args.device))
                 print(f"run {number + 1}, {way}: {found[-1]['rate']:.0f} frames a second", flush=True)
         print(f"width {args.dim}, {frames} frames, {args.runs} runs each, {torch.get_num_threads()} threads")
         for way, found in results.items():
@@ -104,17 +105,17 @@ def prepare(folder: Path, dim: int, num_frames: list[int]) -> int:
     return sum(num_frames)
 
 
-def in_process(way: str, folder: Path) -> dict:
+def in_process(way: str, folder: Path, device: str) -> dict:
     """Run one way in a process of its own; return frames a second and the peak of memory in MiB."""
-    command = [sys.executable, __file__, "--one", way, str(folder)]
+    command = [sys.executable, __file__, "--one", way, str(folder), "--device", device]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
-def run(way: str, folder: Path) -> dict:
+def run(way: str, folder: Path, device: str) -> dict:
     """Load, warm up, tokenize; the plain way's codes go to plain.npy, the other's to out.tokens."""
-    codec = RepCodec.from_pretrained(folder / "codec")
+    codec = RepCodec.from_pretrained(folder / "codec").to(device)
     shards = FeatureShards(folder / "features")
-    warm = torch.zeros(2, 900, codec.dim)
+    warm = torch.zeros(2, 900, codec.dim, device=device)
     with torch.inference_mode():
         codec.encode(warm) if way == "tokenize" else plain(codec, warm[:1])
     if way == "plain":  # the whole codec comes into memory, not only what the encoder maps from the file
@@ -126,7 +127,7 @@ def run(way: str, folder: Path) -> dict:
         write_tokens(codec, FeatureSource(shards), describe(codec, None), path)
     else:
         with torch.inference_mode():
-            codes = [plain(codec, torch.from_numpy(shards.read(i))[None]) for i in range(len(shards))]
+            codes = [plain(codec, torch.from_numpy(shards.read(i)).to(device)[None]).cpu() for i in range(len(shards))]
         np.save(folder / "plain.npy", torch.cat(codes).numpy())
     seconds = time.perf_counter() - start
     # Not getrusage: its peak begins with what the parent had.
