@@ -15,6 +15,7 @@ import argparse
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -49,6 +50,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default 0 1 2)")
     parser.add_argument("--without", action="store_true", help="also leave each ingredient out")
     parser.add_argument("overrides", nargs="*", help="of train.py in every run, as trainer=gpu")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side (default 1)")
     parser.add_argument("--out", type=Path, default=Path("outputs/recipes"), help="(default outputs/recipes)")
     args = parser.parse_args()
 
@@ -57,11 +59,12 @@ def main() -> None:
     runs = [(name, overrides, seed) for name, overrides in recipes.items() for seed in args.seeds]
     if args.without:
         runs += [(f"without {what}", recipes["winning"] + off, args.seeds[0]) for what, off in WITHOUT.items()]
+    folders = [args.out / f"{name.replace(' ', '-')}-{seed}" for name, _, seed in runs]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(lambda run, folder: train(args, *run[1:], folder), runs, folders))
     found: dict[str, list[dict[int, float]]] = {}
     used: dict[str, list[float]] = {}
-    for name, overrides, seed in runs:
-        folder = args.out / f"{name.replace(' ', '-')}-{seed}"
-        train(args, overrides, seed, folder)
+    for (name, _, _), folder in zip(runs, folders, strict=True):
         found.setdefault(name, []).append(curve(folder))
         used.setdefault(name, []).append(codes_used(folder / "codec", args.features))
         print(f"{folder}: {list(found[name][-1].values())[-1]:.4f} at the end", flush=True)

@@ -187,12 +187,18 @@ class StepProgress(ProgressBar):
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: Any) -> None:
         """Move the bar to the optimizer's step."""
         assert self._bar is not None
-        if trainer.global_step > self._bar.n:
-            figures = {name: f"{float(value):.3f}" for name, value in trainer.progress_bar_metrics.items()}
-            self._bar.set_postfix(figures, refresh=False)
-            self._bar.update(trainer.global_step - self._bar.n)
+        # Figures only as often as the bar is drawn: each waits for the device.
+        if trainer.global_step > self._bar.n and self._bar.update(trainer.global_step - self._bar.n):
+            self._show_figures(trainer, module)
+
+    def _show_figures(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        assert self._bar is not None and isinstance(module, CodecModule)
+        figures = trainer.progress_bar_metrics | {"loss": module.losses["loss"]}
+        self._bar.set_postfix({name: f"{float(value):.3f}" for name, value in figures.items()}, refresh=False)
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Close the bar."""
-        assert self._bar is not None
+        """Close the bar, with the last figures."""
+        assert self._bar is not None and isinstance(module, CodecModule)
+        if module.losses:
+            self._show_figures(trainer, module)
         self._bar.close()

@@ -34,9 +34,6 @@ SAMPLE = 5_000
 MOST_CODES = 2**16
 """A quantizer without a codebook of its own shows what its codes stand for when it has no more than these."""
 
-LOSSES = ("train/loss", "train/reconstruction", "train/commitment")
-"""What the table has as means, not as the last batch's."""
-
 BEST = ("valid/normalized_error", "valid/perplexity", "valid/used_share")
 """What the summary has of the best validation."""
 
@@ -201,7 +198,8 @@ class Dashboard(L.Callback):
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Add the losses up: the table has their means since the last validation."""
-        losses = {name: trainer.callback_metrics[name].double() for name in LOSSES}
+        assert isinstance(module, CodecModule)
+        losses = {f"train/{name}": loss.double() for name, loss in module.losses.items()}
         self.sums = {name: self.sums.get(name, 0) + value for name, value in {**losses, "batches": 1}.items()}
 
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:

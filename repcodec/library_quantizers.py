@@ -200,6 +200,8 @@ class _ProjectedQuantizer(_LibraryQuantizer):
         into, out = self.vq.project_in, self.vq.project_out
         mean = z.mean(0)
         variances, directions = torch.linalg.eigh((z - mean).T @ (z - mean) / len(z))  # ascending
+        # An eigenvector's sign is the library's choice: the largest of its values shall be positive everywhere.
+        directions = directions * directions.gather(0, directions.abs().argmax(0, keepdim=True)).sign()
         count = min(into.weight.shape)
         weight = (directions / variances.clamp(min=1e-12).sqrt()).T.flip(0)[:count]
         into.weight[:count], into.bias[:count] = weight, -weight @ mean

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from repcodec.mixture import row_pattern
@@ -147,4 +148,6 @@ class ReadAheadLoader(ResumableLoader):
                 yield ahead.popleft().result()
 
     def _make(self, number: int) -> Any:
-        return self.dataset[self.sampler.batch(number)]
+        batch = self.dataset[self.sampler.batch(number)]
+        # In memory that a GPU reads by itself, while this process goes on.
+        return type(batch)(*(tensor.pin_memory() for tensor in batch)) if torch.cuda.is_available() else batch

@@ -95,11 +95,13 @@ class CodeUsage(Metric):
 
     def update(self, codes: Tensor) -> None:
         """Add codes (B, K, T); `NO_CODE` counts nowhere."""
-        size = self.counts.shape[1]
+        num_codebooks, size = self.counts.shape
+        # NO_CODE has a place too, each codebook's first: leaving it out would wait for the device.
+        places = codes.mT - NO_CODE + (size + 1) * torch.arange(num_codebooks, device=codes.device)
+        counted = self.counts.new_zeros(num_codebooks * (size + 1))
+        counted.index_add_(0, places.flatten(), counted.new_ones(()).expand(places.numel()))
         # Not in place: states that a validation in inference mode made are updated by training too.
-        self.counts = self.counts + torch.stack(
-            [torch.bincount(row[row != NO_CODE], minlength=size) for row in codes.transpose(0, 1)]
-        )
+        self.counts = self.counts + counted.view(num_codebooks, -1)[:, 1:]
 
     def compute(self) -> dict[str, Tensor]:
         """Return scalars, averaged over codebooks, and the counts (K, V) of all ranks.

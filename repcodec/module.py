@@ -61,6 +61,7 @@ class CodecModule(L.LightningModule):
         self.valid_counts: Tensor
         self._batches: list[Batch] = []  # since the last step of the optimizer
         self._total = torch.zeros(())  # of their losses
+        self.losses: dict[str, Tensor] = {}
         if compile:  # in place: names in checkpoints and saved codecs stay
             codec.encoder.compile()
             codec.decoder.compile()
@@ -104,10 +105,15 @@ class CodecModule(L.LightningModule):
         means = sum_over_ranks(torch.stack([loss.detach() for loss in losses.values()])) / self.trainer.world_size
         self._batches.append(batch)
         self._total = self._total + means[-1]
-        self.log_dict({f"train/{name}": mean for name, mean in zip(losses, means, strict=True)})
-        self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
-        self.log("loss", means[-1], prog_bar=True, logger=False)
+        self.losses = dict(zip(losses, means, strict=True))
+        if self._logs():
+            self.log_dict({f"train/{name}": mean for name, mean in self.losses.items()})
+            self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
         return losses["loss"]
+
+    def _logs(self) -> bool:
+        """Say whether Lightning writes down this step: taking figures that nobody reads slows a GPU's step down."""
+        return self.trainer._logger_connector.should_update_logs
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Check the step, then update the codebooks: once an optimizer step, whatever the gradient accumulation.
@@ -123,14 +129,14 @@ class CodecModule(L.LightningModule):
             ids = self.trainer.datamodule.train_ids  # type: ignore[attr-defined]  # Lightning sets it on attach
             raise explain_not_finite(self.global_step, self.codec, self._batches, ids, context)
         self._batches, self._total = [], torch.zeros((), device=norm.device)
-        self.log("train/gradient_norm", norm)
+        if self._logs():
+            self.log("train/gradient_norm", norm)
         self.codec.quantizer.update()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Take the step, and let go of the gradients then: the next forward pass takes their memory."""
         super().optimizer_step(*args, **kwargs)
-        for parameter in self.codec.parameters():
-            parameter.grad = None
+        self.trainer.optimizers[0].zero_grad()
 
     def _probing(self) -> bool:
         """Say whether a gradient overflowed only since 16-mixed tries out by how much it can be scaled."""

@@ -100,8 +100,9 @@ def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
     """
     # |z - e|^2 less |z|^2, which is the same for every code.
     half_norms = codebook.square().sum(1) / 2
+    size = 512 if z.device.type == "cpu" else 16_384  # a CPU's cache holds that many distances
     with torch.autocast(z.device.type, enabled=False):
-        blocks = [torch.addmm(half_norms, block, codebook.T, alpha=-1).argmin(1) for block in z.split(512)]
+        blocks = [torch.addmm(half_norms, block, codebook.T, alpha=-1).argmin(1) for block in z.split(size)]
     return torch.cat(blocks)
 
 
@@ -187,7 +188,7 @@ class EMACodebook(nn.Module):
         sum_over_ranks(counts)
         sum_over_ranks(sums)
         # Nothing to learn from, or an overflow of half precision, whose step the optimizer skips too.
-        if counts.sum() == 0 or not torch.isfinite(sums).all():
+        if not torch.gt(counts.sum(), 0) & torch.isfinite(sums).all():
             return
         self.counts.mul_(self.decay).add_(counts, alpha=1 - self.decay)
         self.sums.mul_(self.decay).add_(sums, alpha=1 - self.decay)

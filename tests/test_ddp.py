@@ -75,6 +75,7 @@ def fit(rank, world, port, folder, options):
         accumulate_grad_batches=options.get("accumulate", 1), gradient_clip_val=options.get("clip"),
         val_check_interval=10, check_val_every_n_epoch=None, num_sanity_val_steps=0, use_distributed_sampler=False,
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        log_every_n_steps=1,
         callbacks=[RankWatch(), *([CodecStart()] if options["start"] else []), ValidateEnds(), record],
     )  # fmt: skip
     trainer.fit(module, data)

@@ -115,7 +115,8 @@ def test_compiled_stacks_give_the_same_losses_and_the_same_names(splits, tmp_pat
 
         data = ShardsDataModule(dim=8, encoder="hubert_base", layer=9, dir=str(splits), batch_size=4, crop=16)
         trainer = L.Trainer(accelerator="cpu", max_steps=20, max_epochs=-1, logger=False, enable_checkpointing=False,
-                            enable_progress_bar=False, num_sanity_val_steps=0, callbacks=[Log()])  # fmt: skip
+                            enable_progress_bar=False, num_sanity_val_steps=0, log_every_n_steps=1,
+                            callbacks=[Log()])  # fmt: skip
         trainer.fit(model, data)
         trainer.save_checkpoint(tmp_path / "compiled.ckpt")
         codec.save_pretrained(tmp_path / "codec")

@@ -103,7 +103,7 @@ def test_gradient_norm_is_logged_as_it_is_before_clipping(splits):
         def on_before_optimizer_step(self, trainer, module, optimizer):
             norms.append(torch.cat([p.grad.flatten() for p in module.parameters()]).norm())
 
-    _, trainer = fit(splits, Norms(), gradient_clip_val=1e-3)
+    _, trainer = fit(splits, Norms(), gradient_clip_val=1e-3, log_every_n_steps=1)
     torch.testing.assert_close(trainer.callback_metrics["train/gradient_norm"], norms[-1])
 
 
