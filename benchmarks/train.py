@@ -188,7 +188,6 @@ def our_steps(
     between: Callable[[], None],
     precision: str = "32-true",
     compiled: bool = False,
-    deterministic: bool = True,
 ) -> None:
     """Train as `train.py` does, in the published recipe; `between` as in `plain_steps`."""
     warnings.filterwarnings("ignore")  # as to workers, intervals and a missing validation, in every round again
@@ -209,7 +208,7 @@ def our_steps(
             accelerator="gpu" if CUDA else "cpu", devices=1, precision=precision, max_steps=num_steps,
             limit_val_batches=0, log_every_n_steps=50, use_distributed_sampler=False, callbacks=[timer],
             logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-            default_root_dir=name, deterministic="warn" if CUDA and deterministic else False,
+            default_root_dir=name,
         )  # fmt: skip
         trainer.fit(CodecModule(RepCodec(dim), ADAM, constant, compile=compiled), data)
 

@@ -6,14 +6,16 @@ import secrets
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from typing import TYPE_CHECKING
 
 from repcodec.errors import RepCodecError
 from repcodec.files import atomic_write
 
+if TYPE_CHECKING:  # it takes ten seconds to load, and who reads a table needs none of it
+    from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
-def open_logs(loggers: Sequence[Logger], run_dir: Path, step: int | None) -> None:
+
+def open_logs(loggers: "Sequence[Logger]", run_dir: Path, step: int | None) -> None:
     """Let loggers go on where a run stands, or begin; call it on the first rank, before anything is logged.
 
     Tables and TensorBoard's files lose what a killed run logged after the checkpoint, since it is logged again. W&B
@@ -27,6 +29,8 @@ def open_logs(loggers: Sequence[Logger], run_dir: Path, step: int | None) -> Non
     Raises:
         RepCodecError: the folder cannot be written.
     """
+    from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             _identify(logger, run_dir / "wandb_id.txt", new=step is None)
@@ -38,7 +42,7 @@ def open_logs(loggers: Sequence[Logger], run_dir: Path, step: int | None) -> Non
                 _open_table(logger, step)
 
 
-def _open_table(logger: CSVLogger, step: int) -> None:
+def _open_table(logger: "CSVLogger", step: int) -> None:
     """Go on with metrics.csv; a row's step is the number of optimizer steps before its own."""
     path = Path(logger.log_dir) / "metrics.csv"
     aside = path.with_name("metrics.before.csv")  # Lightning deletes metrics.csv when it opens it
@@ -89,7 +93,7 @@ def read_validations(path: Path) -> list[dict[str, float]]:
         raise RepCodecError(f"{path}: not a readable table of validations ({error!r}); remove it.") from error
 
 
-def _identify(logger: WandbLogger, file: Path, new: bool) -> None:
+def _identify(logger: "WandbLogger", file: Path, new: bool) -> None:
     """Give W&B's run the id that its folder holds, one of its own when it begins."""
     if new or not file.is_file():
         with atomic_write(file) as writer:

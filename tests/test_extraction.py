@@ -14,6 +14,7 @@ import soundfile
 import torch
 from conftest import refused
 
+from repcodec.cli import main
 from repcodec.extraction import extract, feature_folder
 from repcodec.manifest import Manifest, make_manifest
 from repcodec.shard_files import shard_path
@@ -400,10 +401,24 @@ def test_a_strict_run_after_a_skipping_one_is_refused_and_loses_nothing(ten_soun
 # Killed: real processes, the real Whisper tiny.en
 
 
+def words(manifest, root, model):
+    return ["extract", str(manifest), str(root), "--encoder", "whisper_tiny_en", "--layer", "2", "--model", str(model),
+            "--batch-seconds", "1.5"]  # fmt: skip
+
+
+def run_here(manifest, root, model):
+    """Run the command in this process, on one core as in `start`."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert main(words(manifest, root, model)) == 0
+    finally:
+        torch.set_num_threads(threads)
+
+
 def start(manifest, root, model, *more):
     """Start `repcodec extract` in a process of its own, on one core: the number of threads may change last bits."""
-    command = [sys.executable, "-m", "repcodec.cli", "extract", str(manifest), str(root), "--encoder",
-               "whisper_tiny_en", "--layer", "2", "--model", str(model), "--batch-seconds", "1.5", *more]  # fmt: skip
+    command = [sys.executable, "-m", "repcodec.cli", *words(manifest, root, model), *more]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -427,7 +442,7 @@ def undisturbed(whisper_folder, tmp_path_factory):
     for i in range(40):
         write_noise(folder / "audio" / f"{i:02}.wav", 16_000 + 37 * i, seed=i)
     make_manifest(folder / "audio").write(folder / "noise.tsv")
-    finish(start(folder / "noise.tsv", folder / "features", whisper_folder))
+    run_here(folder / "noise.tsv", folder / "features", whisper_folder)
     return folder / "noise.tsv", feature_folder(folder / "features", "whisper_tiny_en", 2, "noise")
 
 
@@ -444,7 +459,7 @@ def test_a_killed_extraction_goes_on_to_the_same_bytes(undisturbed, whisper_fold
     assert_unfinished(folder)
     assert 2 <= num_lines(journal) < 41  # a line what it is, and one a batch
 
-    finish(start(manifest, tmp_path, whisper_folder))
+    run_here(manifest, tmp_path, whisper_folder)
 
     assert content(folder) == content(reference)
 
