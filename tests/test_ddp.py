@@ -45,7 +45,9 @@ class Record(L.Callback):
         self.losses = []
 
     def on_train_batch_end(self, trainer, module, *args):
-        self.losses.append([float(trainer.callback_metrics[f"train/{name}"]) for name in NAMES])
+        # A batch that only adds to the gradient has no norm yet.
+        found = {"train/gradient_norm": 0, **trainer.callback_metrics}
+        self.losses.append([float(found[f"train/{name}"]) for name in NAMES])
 
 
 NAMES = ("reconstruction", "commitment", "loss", "gradient_norm")

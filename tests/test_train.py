@@ -108,10 +108,11 @@ def test_logged_error_and_usage_are_those_of_the_saved_codec(splits, tmp_path):
     assert best == pytest.approx(error / variation, rel=1e-5)
 
 
-def test_kmeans_start_begins_exactly_where_kmeans_ends(splits, tmp_path):
+def test_kmeans_start_begins_exactly_where_kmeans_ends(splits, tmp_path, monkeypatch):
     from repcodec.data import ShardsDataModule
     from repcodec.evaluation import Evaluation, fit_kmeans
 
+    monkeypatch.setitem(sys.modules, "faiss", None)  # both by scikit-learn
     run_here(splits, tmp_path / "run", "logger=csv", "callbacks=kmeans_start", "trainer.max_steps=3")
     rows = [row for row in metrics(tmp_path / "run") if row["valid/normalized_error"]]
     data = ShardsDataModule(dim=8, encoder="hubert_base", layer=9, dir=str(splits))
