@@ -330,7 +330,7 @@ def speech_features(speech, whisper_folder, tmp_path_factory):
 def test_two_processes_find_what_one_finds_on_speech(speech, speech_features, tmp_path):
     overrides = [
         "encoder=whisper_tiny_en", "layer=3", "encoder.dim=384", f"tokenizers=['{speech_features}/codec']",
-        f"labels='{speech}/phones.tsv'", "probe=true", "robustness=true", "wandb=tests",
+        "kmeans=[]", f"labels='{speech}/phones.tsv'", "probe=true", "robustness=true", "wandb=tests",
     ]  # fmt: skip
     one = evaluate_here(speech_features, tmp_path / "one", *overrides)
     two, _ = two_processes(speech_features, tmp_path / "two", *overrides)

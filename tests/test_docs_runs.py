@@ -16,7 +16,17 @@ import pytest
 from conftest import write_split
 from hydra.core.singleton import Singleton
 from test_cuts import lhotse_files, served  # noqa: F401  (a fixture that served needs)
-from test_docs import DIM, DOCUMENTS, ROOT, commands, make_features, repcodec, run
+from test_docs import (  # noqa: F401  (models and checkout are fixtures)
+    DIM,
+    DOCUMENTS,
+    ROOT,
+    checkout,
+    commands,
+    make_features,
+    models,
+    repcodec,
+    run,
+)
 
 from repcodec.codec import RepCodec
 from repcodec.manifest import Manifest, utterance_id
