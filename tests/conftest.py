@@ -26,9 +26,10 @@ os.environ["WANDB_MODE"] = "offline"  # whoever runs the tests may be logged in
 
 
 LONG = (
-    "test_comparison", "test_extraction", "test_train", "test_config", "test_notebooks", "test_commands",
-    "test_resume", "test_hub", "test_ranks", "test_imports", "test_library_quantizers", "test_published", "test_export",
-    "test_docs", "test_audio_data", "test_ddp", "test_sweeps", "test_readme", "test_evaluate", "test_abx",
+    "test_comparison", "test_extraction_stops", "test_train", "test_config", "test_notebooks", "test_commands",
+    "test_resume", "test_hub", "test_ranks", "test_imports", "test_library_quantizers", "test_library_codecs",
+    "test_published", "test_published_files", "test_export", "test_docs", "test_audio_data", "test_ddp", "test_sweeps",
+    "test_readme", "test_evaluate", "test_abx", "test_extraction",
 )  # fmt: skip
 """Files that take longest: they begin first, so that no process is left alone with one at the end."""
 
