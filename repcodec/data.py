@@ -151,6 +151,7 @@ class FeaturesDataModule(L.LightningDataModule):
         self.batch_size, self.crop, self.seed, self.num_workers = batch_size, crop, seed, num_workers
         self.whole_frames = whole_frames
         self.device = torch.device("cpu")
+        self._splits: dict[str, Any] = {}
 
     def has_split(self, name: str) -> bool:
         """Say whether there is a split of that name."""
@@ -168,10 +169,16 @@ class FeaturesDataModule(L.LightningDataModule):
         """Return a dataset whose items are batches, asked for by (utterance, first frame) pairs; see ShardDataset."""
         return ShardDataset(split, num_frames)
 
-    @cached_property
+    def opened(self, name: str) -> Any:
+        """Return a split, opened once; see `split`."""
+        if name not in self._splits:
+            self._splits[name] = self.split(name)
+        return self._splits[name]
+
+    @property
     def train(self) -> Any:
         """The training split."""
-        return self.split("train")
+        return self.opened("train")
 
     @property
     def train_ids(self) -> Sequence[str] | None:
@@ -233,10 +240,10 @@ class FeaturesDataModule(L.LightningDataModule):
         """Return the whole utterances of the validation split, this rank's share of them."""
         return self.whole_utterances(self.valid, *self._rank())
 
-    @cached_property
+    @property
     def valid(self) -> Any:
         """The validation split."""
-        return self.split("valid")
+        return self.opened("valid")
 
     def start_batches(self) -> Iterable[Any]:
         """Return the whole utterances of the training split, all on this rank, in random order: to start a codec."""

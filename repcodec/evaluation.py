@@ -139,7 +139,6 @@ class Evaluation:
         """
         self.data, self.split, self.measures = data, split, measures or Measures()
         self.labels = data.phone_labels
-        self._splits: dict[str, FeatureShards] = {}
         self.shards, self.ids, self.keys = self._open(split, say=True)
         if self.labels is None and (self.measures.abx or self.measures.probe):
             raise RepCodecError("abx and probe need phone labels: give data.labels=FILE, or turn them off.")
@@ -152,7 +151,7 @@ class Evaluation:
 
     def _open(self, split: str, say: bool = False) -> tuple[FeatureShards, list[str], list[str | None]]:
         """Return a split, the ids of its utterances and the labels' ids of them."""
-        shards = self._shards(split)
+        shards = self.data.opened(split)
         ids = shards.ids or [str(number) for number in range(len(shards))]
         if self.labels is None:
             return shards, ids, [None] * len(ids)
@@ -171,12 +170,6 @@ class Evaluation:
         drawn = np.random.default_rng(self.data.seed).permutation(labelled)
         fit = np.cumsum(shards.lengths[drawn]) <= STEPS * BATCH_FRAMES
         return set(drawn[: max(1, int(fit.sum()))].tolist()) if len(labelled) else set()
-
-    def _shards(self, split: str) -> FeatureShards:
-        """Return a split, opened once."""
-        if split not in self._splits:
-            self._splits[split] = self.data.split(split)
-        return self._splits[split]
 
     def _speakers(self, ids: Sequence[str]) -> list[str]:
         return [speaker_of(utterance, self.measures.speaker) for utterance in ids]
@@ -265,7 +258,7 @@ class Evaluation:
     def _pass(self, tokenizer: Tokenizer, name: str, split: str, scores: Scores, keep: bool) -> dict[int, Tensor]:
         """Code this rank's utterances of a split and count them; return the codes (K, N) of all ranks, if kept."""
         scored = split == self.split
-        shards = self._shards(split)
+        shards = self.data.opened(split)
         rank, world = rank_and_world()
         numbers = range(rank, len(shards), world)
         codes: dict[int, Tensor] = {}

@@ -51,6 +51,8 @@ def studio(checkout, models):
     write_features("dumped")
     for name in ("features_a", "features_b"):
         Path(name).symlink_to("features")
+    Path("cache").mkdir(exist_ok=True)
+    Path("cache/whisper-tiny.en").symlink_to(models / "whisper")  # as if it had been made there
     Path("path/to").mkdir(parents=True)
     Path("path/to/recordings").symlink_to(Path("LibriSpeech").resolve())
     about = {"encoder": "hubert_base", "layer": 9, "frame_rate": 50, "encoder_model": str(models / "hubert")}
