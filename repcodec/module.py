@@ -22,6 +22,7 @@ class CodecModule(L.LightningModule):
     """Trains a codec: reconstruction and commitment losses over valid frames, codebook updates of its own.
 
     Attributes:
+        losses: of the last training batch, over all ranks: "reconstruction", "commitment", "loss".
         valid_counts: (K, V) frames a code, of the last validation and all ranks.
     """
 
