@@ -5,27 +5,20 @@ from contextlib import nullcontext
 from datetime import timedelta
 from glob import glob
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
-import torch.distributed as dist
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig
 
 from repcodec.checkpoint import read_config
-from repcodec.comparison import Comparison, Plan
-from repcodec.dashboards import WandbRun
-from repcodec.data import FeaturesDataModule
-from repcodec.distributed import first_rank_first, rank_and_world
 from repcodec.errors import RepCodecError, one_sentence
-from repcodec.evaluation import Measures
 from repcodec.files import locked
 from repcodec.hub import local_folder
 from repcodec.labels import PhoneLabels
-from repcodec.pipeline import usable_device
-from repcodec.report import log_table, print_table, write_report
-from repcodec.speech_encoders import EncoderSpec
-from repcodec.tokens_evaluation import TokensFacts
+
+if TYPE_CHECKING:  # what takes long to load is loaded where it is used: --help and a misspelt option come at once
+    from repcodec.data import FeaturesDataModule
 
 
 def listed(value: Any) -> list[Any]:
@@ -35,13 +28,16 @@ def listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, ListConfig) else [value]
 
 
-def compare(config: DictConfig) -> None:
-    """Evaluate every tokenizer, print the table and write the report."""
-    run_dir, device = Path(config.run_dir), usable_device(config.device)
+def chosen(config: DictConfig) -> tuple[list[str], list[str], list[int]]:
+    """Return the tokens files, the tokenizers and the sizes of k-means to compare.
+
+    Raises:
+        RepCodecError: a size is no number, or a folder or file is not there: told before anything is loaded or made.
+    """
     # Tokens files need no features: then tokenizers are measured too only where some are named.
     tokens, named = (list(map(str, listed(value))) for value in (config.tokens, config.tokenizers))
     if config.tokenizers is None and not tokens:
-        named = [str(run_dir / "codec")]
+        named = [str(Path(config.run_dir) / "codec")]
     tokenizers = [place for pattern in named for place in sorted(glob(pattern)) or [pattern]]
     kmeans = [1024] if config.kmeans is None and not tokens else listed(config.kmeans)
     for size in kmeans:
@@ -49,7 +45,28 @@ def compare(config: DictConfig) -> None:
             raise RepCodecError(f"kmeans={size}: expected numbers of codes, as in kmeans=[500,1024].")
     for place in map(Path, tokenizers):
         if not place.is_file():
-            read_config(local_folder(place))  # a misspelt folder is told before any features are made
+            read_config(local_folder(place))
+    for labels in (config.labels, config.data.get("labels")):
+        if labels is not None and not os.path.exists(labels):
+            raise RepCodecError(
+                f"{labels}: no such label file or folder; give labels=PATH another one, or leave it out."
+            )
+    return tokens, tokenizers, kmeans
+
+
+def compare(config: DictConfig) -> None:
+    """Evaluate every tokenizer, print the table and write the report."""
+    tokens, tokenizers, kmeans = chosen(config)
+    from repcodec.comparison import Comparison, Plan
+    from repcodec.dashboards import WandbRun
+    from repcodec.distributed import first_rank_first, rank_and_world
+    from repcodec.evaluation import Measures
+    from repcodec.pipeline import usable_device
+    from repcodec.report import log_table, print_table, write_report
+    from repcodec.speech_encoders import EncoderSpec
+    from repcodec.tokens_evaluation import TokensFacts
+
+    run_dir, device = Path(config.run_dir), usable_device(config.device)
     data: FeaturesDataModule | None = None
     if tokenizers or kmeans:
         EncoderSpec(**config.encoder).valid_layer(config.layer)
@@ -93,7 +110,8 @@ def compare(config: DictConfig) -> None:
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
 def main(config: DictConfig) -> None:
     """Run; a user's mistake ends in one sentence and exit code 1."""
-    alone = locked(Path(config.run_dir) / "results.json") if rank_and_world()[0] == 0 else nullcontext()
+    first = os.environ.get("RANK", "0") == "0"  # torchrun's
+    alone = locked(Path(config.run_dir) / "results.json") if first else nullcontext()
     with one_sentence(), alone:
         compare(config)
 
@@ -101,6 +119,8 @@ def main(config: DictConfig) -> None:
 if __name__ == "__main__":
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra's errors too come here, to end in one sentence
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # torchrun started several
+        import torch.distributed as dist
+
         dist.init_process_group("gloo", timeout=timedelta(days=1))  # a rank may wait long for another's share
     with one_sentence():
         main()

@@ -6,21 +6,18 @@ import sys
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
-import lightning as L
 from hydra.utils import instantiate
-from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
 
-from repcodec.checkpointing import find_checkpoint
 from repcodec.errors import RepCodecError, one_sentence
 from repcodec.files import locked
-from repcodec.logs import open_logs
-from repcodec.module import CodecModule
-from repcodec.speech_encoders import EncoderSpec
 from repcodec.sweeps import in_sweep, run_job
+
+if TYPE_CHECKING:  # Lightning is loaded where it is used: --help and a misspelt option come at once
+    import lightning as L
 
 log = logging.getLogger("repcodec")
 
@@ -31,11 +28,15 @@ def train(config: DictConfig) -> float:
     Raises:
         RepCodecError: a user's mistake; another process is training in this folder.
     """
+    from lightning import seed_everything
+
+    from repcodec.speech_encoders import EncoderSpec
+
     EncoderSpec(**config.encoder).valid_layer(config.layer)
     if not (config.callbacks.get("checkpoints") and config.callbacks.get("save_codec")):
         raise RepCodecError("a run needs callbacks.checkpoints and callbacks.save_codec, or it would leave nothing.")
     data = instantiate(config.data)
-    L.seed_everything(config.seed, workers=True, verbose=False)
+    seed_everything(config.seed, workers=True, verbose=False)
     module = instantiate(config.module)
     loggers = [instantiate(logger) for logger in config.logger.values()]
     callbacks = {name: instantiate(callback) for name, callback in config.callbacks.items()}
@@ -45,10 +46,11 @@ def train(config: DictConfig) -> float:
         return fit(config, trainer, module, data, callbacks)
 
 
-def fit(
-    config: DictConfig, trainer: L.Trainer, module: CodecModule, data: L.LightningDataModule, callbacks: dict[str, Any]
-) -> float:
+def fit(config: DictConfig, trainer: "L.Trainer", module: Any, data: Any, callbacks: dict[str, Any]) -> float:
     """Go on from the checkpoint that the configuration names, or begin; return as `train` does."""
+    from repcodec.checkpointing import find_checkpoint
+    from repcodec.logs import close_logs, open_logs
+
     run_dir, loggers = Path(config.run_dir), trainer.loggers
     start = find_checkpoint(config.ckpt_path, run_dir / "checkpoints")
     if start is not None:
@@ -66,9 +68,7 @@ def fit(
         trainer.fit(module, data, ckpt_path=start.path if start else None, weights_only=True)
         status = 0
     finally:
-        for logger in loggers:
-            if isinstance(logger, WandbLogger):
-                logger.experiment.finish(exit_code=status)  # says where the run lies and how to sync it
+        close_logs(loggers, status)
     saved = callbacks["save_codec"]
     if trainer.is_global_zero:
         if callbacks["checkpoints"].stopped:

@@ -42,6 +42,15 @@ def open_logs(loggers: "Sequence[Logger]", run_dir: Path, step: int | None) -> N
                 _open_table(logger, step)
 
 
+def close_logs(loggers: "Sequence[Logger]", status: int) -> None:
+    """Say that the run has ended, with this exit code; W&B says where it lies and how to sync it."""
+    from lightning.pytorch.loggers import WandbLogger
+
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish(exit_code=status)
+
+
 def _open_table(logger: "CSVLogger", step: int) -> None:
     """Go on with metrics.csv; a row's step is the number of optimizer steps before its own."""
     path = Path(logger.log_dir) / "metrics.csv"

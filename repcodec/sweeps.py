@@ -21,8 +21,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf, read_write
 
 from repcodec.errors import RepCodecError, first_line, one_sentence, user_message
@@ -72,11 +70,18 @@ class Job:
             ) from error
         return job
 
-    @rank_zero_only
     def write(self, folder: Path) -> None:
-        """Write job.json."""
-        with atomic_write(folder / "job.json") as file:
-            json.dump(asdict(self), file, indent=2)
+        """Write job.json, on the first rank."""
+        if _is_first_rank():
+            with atomic_write(folder / "job.json") as file:
+                json.dump(asdict(self), file, indent=2)
+
+
+def _is_first_rank() -> bool:
+    # Not above: Hydra loads this file at every start, and a misspelt option shall not wait for Lightning to be loaded.
+    from lightning.pytorch.utilities import rank_zero_only
+
+    return bool(getattr(rank_zero_only, "rank", 0) == 0)
 
 
 def in_sweep() -> bool:
@@ -110,6 +115,8 @@ def run_job(train: Callable[[DictConfig], float], config: DictConfig, script: st
     job = Job(overrides)
     job.write(folder)
     try:
+        from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+
         # Lightning starts the further processes of a job by the command line, which is the whole sweep's here.
         alone = config.trainer.devices == 1 or SLURMEnvironment.detect()
         job.error = train(config) if alone else _train_apart(config, overrides, script)
@@ -190,10 +197,9 @@ class SweepSummary(Callback):
                     config.hydra.sweeper.sampler.seed += before  # or its first draws would come again
                 given.append(f"hydra.sweep.subdir='${{later_job:${{hydra.job.num}},{before}}}'")
 
-    @rank_zero_only
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: object) -> None:
         """Bring summary.csv up to date, in whatever process the job ran."""
-        if in_sweep():
+        if in_sweep() and _is_first_rank():
             folder = Path(config.hydra.sweep.dir)
             write_summary(folder, _jobs(folder))
 

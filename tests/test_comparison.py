@@ -183,6 +183,8 @@ def test_curves_stay_with_the_tokenizers_they_are_of(splits, tmp_path):
         ("kmeans=[8,-1]", "kmeans=-1: expected numbers of codes"),
         ("tokenizers=nothing", "nothing/config.json"),
         ("tokens=none.tokens", "none.tokens: no such tokens file"),
+        ("labels=none.tsv", "none.tsv: no such label file or folder"),
+        ("data.labels=none", "none: no such label file or folder"),
         ("layer=9.5", "layer=9.5: hubert_base has layers 1 to 12"),
         ("tokenizers=5", "5/config.json"),
         ("codebook_size=8.5", "codebook_size=8.5: expected a whole number above 0"),

@@ -13,7 +13,7 @@ from conftest import published
 from fuzzing import JSON, TEXT, Reader, check, lying_json, lying_table, some
 from hypothesis import given
 from hypothesis import strategies as st
-from test_label_files import LONG
+from test_label_folders import LONG
 
 from repcodec.audio import num_samples_at_16khz, read_audio
 from repcodec.cuts import open_sounds

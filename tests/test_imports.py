@@ -148,6 +148,12 @@ def test_package_and_help_are_light():
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, timeout=60)
 
 
+def test_scripts_load_what_is_heavy_only_when_they_run():
+    heavy = "{'torch', 'lightning', 'transformers', 'sklearn', 'wandb'}"
+    code = f"import sys, train, evaluate; heavy = {heavy} & set(sys.modules); assert not heavy, heavy"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent, timeout=60)
+
+
 def test_every_module_imports_with_core_dependencies_only():
     extras = [
         "espeakng_loader",
