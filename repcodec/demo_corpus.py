@@ -233,7 +233,7 @@ def is_made(folder: Path, about: dict[str, Any]) -> bool:
         differs = [key for key in about if not isinstance(found, dict) or found.get(key) != about[key]]
         raise RepCodecError(
             f"{folder} holds another corpus ({', '.join(differs) or 'made by another version'} differs); "
-            "delete it, or choose another folder name with data.name=…"
+            "give data.audio as when it was made, choose another folder name with data.name=…, or delete it."
         )
     return True
 

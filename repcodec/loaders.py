@@ -11,7 +11,11 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from repcodec.errors import RepCodecError
 from repcodec.mixture import row_pattern
+
+MOST_TIMES = 100
+"""How often an utterance may come in one batch: a few sounds are enough to try things out, but not for any batch."""
 
 
 class CropSampler(Sampler[list[tuple[int, int]]]):
@@ -47,9 +51,19 @@ class CropSampler(Sampler[list[tuple[int, int]]]):
             rank, world_size: this rank's place.
             folder_of: (N,) the folder of each utterance; None: there is one.
             weights: rows that are drawn from each folder in sum(weights) rows.
+
+        Raises:
+            RepCodecError: every utterance would come many times in one batch.
         """
         folder_of = np.zeros_like(lengths) if folder_of is None else folder_of
         self.utterances = [np.flatnonzero((lengths > 0) & (folder_of == folder)) for folder in range(len(weights))]
+        there, rows = sum(map(len, self.utterances)), batch_size * world_size
+        if rows > MOST_TIMES * max(1, there):
+            devices = f" on {world_size} devices" if world_size > 1 else ""
+            raise RepCodecError(
+                f"data.batch_size={batch_size}{devices}: the training set has {there:,} utterances, so each would come "
+                f"{rows // max(1, there):,} times in a batch; take a smaller batch."
+            )
         self.lengths, self.num_frames, self.batch_size, self.seed = lengths, num_frames, batch_size, seed
         self.rank, self.world_size = rank, world_size
         self.position = 0

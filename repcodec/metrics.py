@@ -261,10 +261,11 @@ def replicate_weights(utterance: str, replicates: int) -> npt.NDArray[np.float64
 def deviations(values: Tensor) -> tuple[float, float]:
     """Return where the middle 95 % of a bootstrap's replicates lie, from their mean: (below 0, above 0).
 
-    From the mean, since replicates repeat utterances and so lie higher in PNMI than the estimate itself.
+    From the mean, since replicates repeat utterances and so lie higher in PNMI than the estimate itself. NaN where
+    they are all the same, as those of one utterance are: they tell nothing.
     """
     values = values[torch.isfinite(values)]
-    if len(values) == 0:
+    if len(values) == 0 or float(values.max() - values.min()) <= 1e-9 * float(values.abs().max()):
         return math.nan, math.nan
     low, high = torch.quantile(values - values.mean(), torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
     return low, high

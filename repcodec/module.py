@@ -183,5 +183,9 @@ class CodecModule(L.LightningModule):
             optimizer = self.optimizer(self.codec.parameters())
             scheduler = self.scheduler(optimizer)
         except (TypeError, ValueError) as error:
+            given = getattr(self.optimizer, "keywords", {})
+            words = [f"optimizer.{name}={value}" for name, value in given.items() if isinstance(value, str)]
+            if words:
+                raise RepCodecError(f"{', '.join(words)}: expected a number.") from error
             raise RepCodecError(f"optimizer or scheduler: an option does not fit ({first_line(error)}).") from error
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

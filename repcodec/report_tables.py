@@ -70,7 +70,7 @@ GROUPS = {
         Column("deduplicated_per_second", "runs/s", "tokens a second when runs of equal ones are one", "{:,.1f}"),
     ),
     "Use of the codes": (
-        Column("perplexity", "perplexity", "e to the entropy of the codes; all codes used alike give V", "{:,.0f}"),
+        Column("perplexity", "perplexity", "e to the entropy of the codes: their number, used alike", "{:,.0f}"),
         Column("used_share", "used", "share of the codes that occur in this set", "{:.1%}", max),
         Column("corpus_used_share", "used, corpus", "share of the codes that occur in any split", "{:.1%}", max),
     ),

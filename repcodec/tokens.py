@@ -108,7 +108,13 @@ def read_tokens(path: Path | str, rank: int = 0, world_size: int = 1) -> Iterato
     Raises:
         RepCodecError: the file is unreadable or cut off, or a line is none of an utterance.
     """
+    size = read_about(path).get("bytes")
     try:
+        if size is not None and size != (found := os.path.getsize(path)):
+            raise RepCodecError(
+                f"{path} has {found:,} bytes, but {about_path(path).name} beside it tells of {size:,}: it was cut off "
+                "or changed; make it again, or delete that description."
+            )
         with _open(path) as file:
             every = bounded_lines(file, path)
             first = next(every, "")
@@ -246,6 +252,8 @@ def read_about(path: Path | str) -> dict[str, Any]:
         size, rate = about.get("codebook_size", 1), about.get("codes_per_second", 1)
         if not (type(size) is int and 0 < size <= MAX_CODE and type(about.get("root", "")) is str):
             raise ValueError("codebook_size is no whole number from 1 up, or root no text")
+        if type(about.get("bytes", 0)) is not int:
+            raise ValueError("bytes is no whole number")
         if not (isinstance(rate, int | float) and RATES[0] <= rate <= RATES[1]):
             raise ValueError("codes_per_second is no number of codes a second")
         return about

@@ -218,6 +218,16 @@ def test_a_code_that_no_codebook_has_is_refused(tmp_path, codes):
         list(read_tokens(tmp_path / "a"))
 
 
+def test_a_file_cut_off_between_two_lines_is_refused(tmp_path):
+    path = write(tmp_path / "a.tokens", [("a.flac", TWO[0]), ("b.flac", TWO[1])])
+    whole = path.read_bytes()
+    path.write_bytes(b"".join(whole.splitlines(keepends=True)[:2]))
+    with refused(path, f"a.tokens.json beside it tells of {len(whole)}", "make it again"):
+        read(path)
+    about_path(path).unlink()  # then nothing tells
+    assert [name for name, _ in read(path)] == ["a.flac"]
+
+
 def test_a_gzipped_file_is_read_and_a_cut_one_refused(tmp_path):
     lines = "/audio\n" + "".join(f"{name}.wav\t{i} {i + 1}\n" for i, name in enumerate("abcdefg"))
     (tmp_path / "a.gz").write_bytes(gzip.compress(lines.encode()))
@@ -312,6 +322,7 @@ def test_an_unreadable_description_is_refused(tmp_path):
         {"codes_per_second": 10**400},
         {"codes_per_second": "50"},
         {"root": 3},
+        {"bytes": "many"},
     ],
 )
 def test_a_description_that_lies_is_refused(tmp_path, about):

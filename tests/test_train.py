@@ -261,7 +261,9 @@ def test_missing_features_name_the_command(tmp_path):
     [
         ("+trainer.no_such_option=1", "there is no such option"),
         ("quantizer.codebook_size=many", "quantizer: a value there is of another kind"),
-        ("optimizer.lr=fast", "optimizer or scheduler: an option does not fit"),
+        ("optimizer.lr=fast", "optimizer.lr=fast: expected a number"),
+        ("optimizer.lr=-1", "optimizer or scheduler: an option does not fit"),
+        ("data.batch_size=100000", "each would come 12,500 times in a batch"),
         ("data.crop=1.5", "data.crop=1.5: expected a whole number"),
         ("seed=a", "seed=a: expected a whole number"),
         ("seed=5000000000", "seed=5000000000: expected a whole number"),
