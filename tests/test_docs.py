@@ -216,6 +216,8 @@ def try_command(words, monkeypatch):
         done = subprocess.run(["make", "-n", *rest], cwd=ROOT, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
     elif program == "pip":
+        if rest == ["install", "."]:  # test_readme.py installs the wheel
+            return
         project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
         extra = re.fullmatch(r"repcodec\[(\w+)\]", rest[1])[1]
         assert rest[0] == "install" and extra in project["optional-dependencies"]

@@ -37,7 +37,7 @@ CODE_LINES = (
 )
 ABOUT = json.dumps({
     "tokenizer": "RepCodec 8", "tokenizer_sha256": "0" * 64, "encoder": "hubert_base", "layer": 9, "codebook_size": 8,
-    "num_codebooks": 1, "codes_per_second": 50.0, "root": "/audio", "format": "tokens", "bytes": 70,
+    "num_codebooks": 1, "codes_per_second": 50.0, "root": "/audio", "format": "tokens",
 })  # fmt: skip
 
 
