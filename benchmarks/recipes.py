@@ -61,7 +61,13 @@ def main() -> None:
         runs += [(f"without {what}", recipes["winning"] + off, args.seeds[0]) for what, off in WITHOUT.items()]
     folders = [args.out / f"{name.replace(' ', '-')}-{seed}" for name, _, seed in runs]
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda run, folder: train(args, *run[1:], folder), runs, folders))
+        made = [pool.submit(train, args, *run[1:], folder) for run, folder in zip(runs, folders, strict=True)]
+        try:
+            for one in made:
+                one.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # what has not begun shall not
+            raise
     found: dict[str, list[dict[int, float]]] = {}
     used: dict[str, list[float]] = {}
     for (name, _, _), folder in zip(runs, folders, strict=True):
