@@ -1,6 +1,5 @@
 """What a CPU gives, a GPU gives; needs one."""
 
-import functools
 import json
 
 import numpy as np
@@ -30,13 +29,12 @@ def exact(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
-@functools.cache
-def walk(length=200, dim=DIM):
-    return torch.randn(length, dim, generator=torch.Generator().manual_seed(3)).double().cumsum(0) / 3
+def walk():
+    return torch.randn(200, DIM, generator=torch.Generator().manual_seed(3)).double().cumsum(0) / 3
 
 
-def losses(run_dir, name="train/loss"):
-    return [float(row[name]) for row in metrics(run_dir) if row[name]]
+def losses(run_dir):
+    return [float(row["train/loss"]) for row in metrics(run_dir) if row["train/loss"]]
 
 
 @every_kind
