@@ -41,7 +41,7 @@ from repcodec.module import CodecModule
 from repcodec.shard_writer import write_shard
 
 BATCH, CROP, CODES = 32, 96, 1024
-ADAM = partial(torch.optim.Adam, lr=1e-4, betas=(0.5, 0.9))
+ADAM = partial(torch.optim.Adam, lr=1e-4, betas=(0.5, 0.9))  # conf/optimizer/adam.yaml fuses it
 CUDA = torch.cuda.is_available()
 PRECISIONS = {"float32": ("32-true", "highest"), "tf32": ("32-true", "high"), "bf16": ("bf16-mixed", "highest")}
 """Lightning's precision, and what PyTorch's products of float32 matrices may round to."""
@@ -210,7 +210,7 @@ def our_steps(
             logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
             default_root_dir=name,
         )  # fmt: skip
-        trainer.fit(CodecModule(RepCodec(dim), ADAM, constant, compile=compiled), data)
+        trainer.fit(CodecModule(RepCodec(dim), partial(ADAM, fused=True), constant, compile=compiled), data)
 
 
 def device_rate(dim: int, precision: str, compiled: bool, num_steps: int) -> str:

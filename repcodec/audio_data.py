@@ -337,7 +337,7 @@ class AudioDataModule(FeaturesDataModule):
             bad = [int(u) for u, row in zip(batch.utterances, features, strict=True) if not torch.isfinite(row).all()]
             raise RepCodecError(f"{self.source}: features of utterances {bad[:5]} hold NaN or infinity.")
         lengths = torch.tensor([len(crop) for crop in crops], device=features.device)
-        return Batch(features, lengths, batch.utterances)
+        return Batch(features, lengths, batch.utterances, full=min(map(len, crops)) == num_frames)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Turn sound into features; Lightning calls this when a batch has reached the device.

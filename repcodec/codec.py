@@ -21,7 +21,7 @@ from repcodec.errors import RepCodecError, first_line
 from repcodec.hub import local_folder, push
 from repcodec.library_quantizers import QUANTIZERS
 from repcodec.packing import encode_packed
-from repcodec.quantizers import NO_CODE, EMAQuantizer, Quantizer, QuantizerOutput
+from repcodec.quantizers import NO_CODE, EMAQuantizer, Quantizer, QuantizerOutput, valid_rows
 from repcodec.stacks import DecoderStack, EncoderStack, frame_mask, packed, start_as_identity
 
 OPTIONS = [field.name for field in fields(Architecture)]
@@ -34,12 +34,10 @@ class CodecOutput:
     Attributes:
         reconstruction: (B, T, D) features, zero beyond the lengths.
         quantizer: codes (B, K, T / stride), quantized vectors and commitment loss.
-        code_mask: (B, T / stride) bool, True where there is a code.
     """
 
     reconstruction: Tensor
     quantizer: QuantizerOutput
-    code_mask: Tensor
 
 
 class _Unset(TorchFunctionMode):
@@ -262,9 +260,9 @@ class RepCodec(nn.Module):
 
     def forward(self, features: Tensor, lengths: Tensor | None = None) -> CodecOutput:
         """Code and decode (B, T, D), of which `lengths` (B,) frames are valid; None: all of them."""
-        z, mask, valid = self._vectors(features, lengths)
-        quantized = self.quantizer(z, mask)
-        return CodecOutput(self._features(quantized.quantized, valid, lengths, features.shape[1]), quantized, mask)
+        z, valid = self._vectors(features, lengths)
+        quantized = self.quantizer(z, valid)
+        return CodecOutput(self._features(quantized.quantized, valid, lengths, features.shape[1]), quantized)
 
     @torch.no_grad()
     def encode(self, features: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -351,8 +349,7 @@ class RepCodec(nn.Module):
 
     def vectors(self, features: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Return what the quantizer would see of a batch: its valid vectors (N, C)."""
-        z, mask, _ = self._vectors(features, lengths)
-        return z[mask]
+        return valid_rows(*self._vectors(features, lengths))
 
     def _check_width(self, features: Tensor) -> None:
         if features.ndim != 3 or features.shape[-1] != self.dim:
@@ -361,16 +358,14 @@ class RepCodec(nn.Module):
                 "choose the speech encoder it was trained with."
             )
 
-    def _vectors(self, features: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Features -> vectors (B, N, C), where they are valid (B, N), and the same or None where all are.
+    def _vectors(self, features: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Features -> vectors (B, N, C), and where they are valid (B, N), None: everywhere.
 
         Frames are filled up with zeros to a multiple of the total stride, each row to its own.
         """
         self._check_width(features)
         batch, num_frames, _ = features.shape
         x = self.normalize(features)
-        if lengths is not None and bool((lengths == num_frames).all()):
-            lengths = None
         if short := -num_frames % self.stride:
             if lengths is None:
                 lengths = torch.full((batch,), num_frames, device=features.device)
@@ -382,9 +377,7 @@ class RepCodec(nn.Module):
             if self.architecture.pad_to_stride:
                 valid = frame_mask((lengths + self.stride - 1) // self.stride * self.stride, x.shape[1])
         z, valid = self.encoder(x, valid)
-        if valid is None:
-            return z, torch.ones(z.shape[:2], dtype=torch.bool, device=z.device), None
-        return z, valid, valid
+        return z, valid
 
     def _features(self, vectors: Tensor, valid: Tensor | None, lengths: Tensor | None, num_frames: int) -> Tensor:
         """Vectors (B, N, C), where they are valid -> features (B, num_frames, D), zero beyond `lengths`."""

@@ -39,11 +39,20 @@ class Batch(NamedTuple):
         features: (B, T, D) float32, zero beyond the lengths.
         lengths: (B,) int64, valid frames of each row.
         utterances: (B,) int64, their numbers in the split.
+        full: whether all frames of all rows are valid; False where nobody has looked. To read that from `lengths`
+            would wait for the device.
     """
 
     features: Tensor
     lengths: Tensor
     utterances: Tensor
+    full: bool = False
+
+    def pin_memory(self) -> "Batch":
+        """Return the batch in memory that a GPU reads by itself while this process goes on."""
+        tensors = self.features, self.lengths, self.utterances
+        features, lengths, utterances = (tensor.pin_memory() for tensor in tensors)
+        return Batch(features, lengths, utterances, self.full)
 
 
 @dataclass(frozen=True)
@@ -80,7 +89,8 @@ class ShardDataset(Dataset[Batch]):
             room = self._room((len(places), self.num_frames, self.shards.dim))
             # Not checked: that costs as much as half a copy, and the step finds what is not finite (numerics.py).
             features, lengths = self.shards.gather(utterances, starts, self.num_frames, room, check=False)
-        return Batch(torch.from_numpy(features), torch.from_numpy(lengths), torch.tensor(utterances))
+        full = bool((lengths == features.shape[1]).all())
+        return Batch(torch.from_numpy(features), torch.from_numpy(lengths), torch.tensor(utterances), full)
 
     def _room(self, shape: tuple[int, int, int]) -> npt.NDArray[np.float32]:
         """Return memory for a batch, if possible that of one that is no longer used: new pages cost half a copy."""

@@ -27,6 +27,7 @@ from repcodec.quantizers import (
     nearest_code,
     spread,
     spread_codes,
+    valid_rows,
 )
 
 
@@ -97,20 +98,21 @@ class _LibraryQuantizer(Quantizer):
     def _dtype(self) -> torch.dtype:
         return next(chain(self.parameters(), (one for one in self.buffers() if one.is_floating_point()))).dtype
 
-    def forward(self, z: Tensor, mask: Tensor) -> QuantizerOutput:
-        """Quantize (B, T, C) where mask (B, T) is True, in the quantizer's precision, whatever autocast says."""
+    def forward(self, z: Tensor, mask: Tensor | None) -> QuantizerOutput:
+        """Quantize (B, T, C) where mask (B, T) is True, None: everywhere, in the quantizer's precision."""
         with torch.autocast(z.device.type, enabled=False):
-            vectors, codes, loss = self._quantize(z[mask].to(self._dtype))
+            vectors, codes, loss = self._quantize(valid_rows(z, mask).to(self._dtype))
             if len(codes) == 0:  # a mean over nothing; and DDP waits for a gradient of every parameter
                 loss = 0 * sum((parameter.sum() for parameter in self.parameters()), vectors.sum())
             # The value that `decode` gives, the gradient that the package gives.
             vectors = vectors + (self._vectors(codes) - vectors).detach()
-        return QuantizerOutput(spread(vectors, mask, 0).to(z.dtype), spread_codes([codes], mask), loss)
+        quantized = spread(vectors, mask, z.shape[:2], 0).to(z.dtype)
+        return QuantizerOutput(quantized, spread_codes([codes], mask, z.shape[:2]), loss)
 
-    def encode(self, z: Tensor, mask: Tensor) -> Tensor:
-        """(B, T, C) and mask (B, T) -> codes (B, 1, T)."""
+    def encode(self, z: Tensor, mask: Tensor | None) -> Tensor:
+        """(B, T, C) and mask (B, T), None: all True -> codes (B, 1, T)."""
         with torch.autocast(z.device.type, enabled=False):
-            return spread_codes([self._codes(z[mask].to(self._dtype))], mask)
+            return spread_codes([self._codes(valid_rows(z, mask).to(self._dtype))], mask, z.shape[:2])
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes (B, 1, T) -> (B, T, C), zero where a code is `NO_CODE`."""

@@ -164,4 +164,4 @@ class ReadAheadLoader(ResumableLoader):
     def _make(self, number: int) -> Any:
         batch = self.dataset[self.sampler.batch(number)]
         # In memory that a GPU reads by itself, while this process goes on.
-        return type(batch)(*(tensor.pin_memory() for tensor in batch)) if torch.cuda.is_available() else batch
+        return batch.pin_memory() if torch.cuda.is_available() else batch

@@ -17,18 +17,20 @@ from torchmetrics import Metric
 from repcodec.quantizers import NO_CODE
 
 
-def reconstruction_loss(prediction: Tensor, target: Tensor, mask: Tensor, kind: str) -> Tensor:
+def reconstruction_loss(prediction: Tensor, target: Tensor, mask: Tensor | None, kind: str) -> Tensor:
     """Mean squared ("l2") or absolute ("l1") difference over the valid frames, in float32 or better.
 
     Args:
         prediction, target: (B, T, D).
-        mask: (B, T) bool, True where a frame is valid; without any the loss is 0.
+        mask: (B, T) bool, True where a frame is valid, None: everywhere; without any the loss is 0.
         kind: "l1" or "l2".
     """
     dtype = torch.promote_types(target.dtype, torch.float32)
-    difference = (prediction.to(dtype) - target.to(dtype)).masked_fill(~mask[..., None], 0)
+    difference = prediction.to(dtype) - target.to(dtype)
+    if mask is not None:
+        difference = difference.masked_fill(~mask[..., None], 0)
     total = difference.abs().sum() if kind == "l1" else difference.square().sum()
-    return total / (mask.sum().clamp(min=1) * target.shape[-1])
+    return total / (max(1, target.numel()) if mask is None else mask.sum().clamp(min=1) * target.shape[-1])
 
 
 class NormalizedError(Metric):

@@ -1,5 +1,6 @@
 """The LightningModule: steps, logging, optimizers, nothing else."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from repcodec.distributed import sum_over_ranks
 from repcodec.errors import RepCodecError, first_line
 from repcodec.metrics import CodeUsage, NormalizedError, reconstruction_loss
 from repcodec.numerics import explain_not_finite, gradient_norm
+from repcodec.quantizers import NO_CODE
 from repcodec.stacks import frame_mask
 
 
@@ -84,17 +86,17 @@ class CodecModule(L.LightningModule):
         Ranks may hold different numbers of valid frames, and the strategy averages gradients over ranks:
         each rank's mean is weighted by its share of the frames, times the number of ranks.
         """
-        output = self.codec(batch.features, batch.lengths)
-        mask = frame_mask(batch.lengths, batch.features.shape[1])
-        counts = torch.stack([mask.sum(), output.code_mask.sum()]).double()
-        share = counts * self.trainer.world_size / sum_over_ranks(counts.clone()).clamp(min=1)
-        reconstruction = reconstruction_loss(
-            self.codec.normalize(output.reconstruction), self.codec.normalize(batch.features), mask, self.reconstruction
-        )
-        losses = {
-            "reconstruction": reconstruction * share[0].to(reconstruction.dtype),
-            "commitment": output.quantizer.loss * share[1].to(output.quantizer.loss.dtype),
-        }
+        output = self.codec(batch.features, None if batch.full else batch.lengths)
+        mask = None if batch.full else frame_mask(batch.lengths, batch.features.shape[1])
+        # In features as the stacks see them: the mean falls out of a difference, the scale is that of all dimensions.
+        reconstruction = reconstruction_loss(output.reconstruction, batch.features, mask, self.reconstruction)
+        scale = self.codec.feature_scale if self.reconstruction == "l1" else self.codec.feature_scale.square()
+        losses = {"reconstruction": reconstruction / scale, "commitment": output.quantizer.loss}
+        if self.trainer.world_size > 1:
+            coded = output.quantizer.codes[:, 0] != NO_CODE
+            counts = torch.stack([batch.lengths.sum(), coded.sum()]).double()
+            shares = counts * self.trainer.world_size / sum_over_ranks(counts.clone()).clamp(min=1)
+            losses = {name: loss * share.to(loss) for (name, loss), share in zip(losses.items(), shares, strict=True)}
         losses["loss"] = sum(self.weights[name] * loss for name, loss in losses.items())
         return losses, output
 
@@ -124,8 +126,8 @@ class CodecModule(L.LightningModule):
         Raises:
             RepCodecError: the loss or a gradient is not finite; the step is not taken.
         """
-        norm = gradient_norm(self.codec)
-        if not torch.isfinite(norm + self._total) and not self._probing():  # the one wait for the device
+        norm = gradient_norm(parameter for group in optimizer.param_groups for parameter in group["params"])
+        if not math.isfinite(norm + self._total) and not self._probing():  # the one wait for the device
             context = self.trainer.precision_plugin.forward_context()
             ids = self.trainer.datamodule.train_ids  # type: ignore[attr-defined]  # Lightning sets it on attach
             raise explain_not_finite(self.global_step, self.codec, self._batches, ids, context)
@@ -139,10 +141,17 @@ class CodecModule(L.LightningModule):
         super().optimizer_step(*args, **kwargs)
         self.trainer.optimizers[0].zero_grad()
 
+    def optimizer_zero_grad(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: there are no gradients left, see `optimizer_step`."""
+
     def _probing(self) -> bool:
         """Say whether a gradient overflowed only since 16-mixed tries out by how much it can be scaled."""
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        scaler = self._scaler()
         return scaler is not None and bool(torch.isfinite(self._total)) and scaler.get_scale() > 1
+
+    def _scaler(self) -> torch.amp.GradScaler | None:
+        """Return what scales the loss under 16-mixed."""
+        return getattr(self.trainer.precision_plugin, "scaler", None)
 
     def on_validation_epoch_start(self) -> None:
         """Begin anew; the last validation's metrics stand until here, for callbacks to show."""
@@ -179,11 +188,13 @@ class CodecModule(L.LightningModule):
         Raises:
             RepCodecError: they do not take their options.
         """
+        given = getattr(self.optimizer, "keywords", {})
+        # A fused step unscales gradients of half precision itself: too late to clip them, or to tell their norm.
+        changed = {"fused": False} if given.get("fused") and self._scaler() is not None else {}
         try:
-            optimizer = self.optimizer(self.codec.parameters())
+            optimizer = self.optimizer(self.codec.parameters(), **changed)
             scheduler = self.scheduler(optimizer)
         except (TypeError, ValueError) as error:
-            given = getattr(self.optimizer, "keywords", {})
             words = [f"optimizer.{name}={value}" for name, value in given.items() if isinstance(value, str)]
             if words:
                 raise RepCodecError(f"{', '.join(words)}: expected a number.") from error

@@ -1,7 +1,7 @@
 """What is watched while numbers run: losses and gradients that are not finite, and codes that fall out of use."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -18,9 +18,9 @@ from repcodec.errors import RepCodecError
 log = logging.getLogger("repcodec")
 
 
-def gradient_norm(module: nn.Module) -> Tensor:
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """Return the norm of all gradients together, a scalar, without waiting for the device; 0 where there are none."""
-    return torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 def explain_not_finite(

@@ -3,8 +3,11 @@
 Letters: N valid frames, C width of a code vector, K codebooks, V codes a codebook.
 """
 
+import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -68,12 +71,12 @@ class Quantizer(nn.Module):
     num_codebooks: int
     revived: int = 0
 
-    def forward(self, z: Tensor, mask: Tensor) -> QuantizerOutput:
-        """Quantize (B, T, C) where mask (B, T) is True; in training, note the statistics of the step."""
+    def forward(self, z: Tensor, mask: Tensor | None) -> QuantizerOutput:
+        """Quantize (B, T, C) where mask (B, T) is True, None: everywhere; in training, note the step's statistics."""
         raise NotImplementedError
 
-    def encode(self, z: Tensor, mask: Tensor) -> Tensor:
-        """(B, T, C) and mask (B, T) -> codes (B, K, T)."""
+    def encode(self, z: Tensor, mask: Tensor | None) -> Tensor:
+        """(B, T, C) and mask (B, T), None: all True -> codes (B, K, T)."""
         raise NotImplementedError
 
     def decode(self, codes: Tensor) -> Tensor:
@@ -188,12 +191,13 @@ class EMACodebook(nn.Module):
         sum_over_ranks(counts)
         sum_over_ranks(sums)
         # Nothing to learn from, or an overflow of half precision, whose step the optimizer skips too.
-        if not torch.gt(counts.sum(), 0) & torch.isfinite(sums).all():
+        frames, total = torch.stack([counts.sum(), sums.sum()]).tolist()
+        if frames == 0 or not math.isfinite(total):
             return
         self.counts.mul_(self.decay).add_(counts, alpha=1 - self.decay)
         self.sums.mul_(self.decay).add_(sums, alpha=1 - self.decay)
-        total = self.counts.sum()
-        smoothed = (self.counts + self.EPSILON) / (total + len(self.counts) * self.EPSILON) * total
+        moving = self.counts.sum()
+        smoothed = (self.counts + self.EPSILON) / (moving + len(self.counts) * self.EPSILON) * moving
         old = self.codes.clone()
         self.codes.copy_(self.sums / smoothed[:, None])
         if self.revive_below > 0:
@@ -277,34 +281,37 @@ class EMAQuantizer(Quantizer):
             "revive_below": self.revive_below,
         }
 
-    def forward(self, z: Tensor, mask: Tensor) -> QuantizerOutput:
-        """Quantize (B, T, C) where mask (B, T) is True; in training, note the statistics of the step."""
-        valid = self._valid(z, mask)
-        residual, quantized, codes, loss = valid, torch.zeros_like(valid), [], valid.new_zeros(())
+    def forward(self, z: Tensor, mask: Tensor | None) -> QuantizerOutput:
+        """Quantize (B, T, C) where mask (B, T) is True, None: everywhere; in training, note the step's statistics."""
+        residual = self._valid(z, mask)
+        parts: list[Tensor] = []
+        codes, losses = [], []
         for codebook in self._books():
+            if parts:
+                residual = residual - parts[-1]
             vectors, chosen = codebook.quantize(residual)
             if self.training:
                 codebook.note(residual, chosen)
             # A sum over its number, not a mean: without a single valid frame the loss is 0 and still has a gradient.
-            loss = loss + nn.functional.mse_loss(residual, vectors, reduction="sum") / max(1, residual.numel())
-            through = self._through(residual, vectors)
-            quantized, residual = quantized + through, residual - through
+            losses.append(nn.functional.mse_loss(residual, vectors, reduction="sum") / max(1, residual.numel()))
+            parts.append(self._through(residual, vectors))
             codes.append(chosen)
-        return QuantizerOutput(spread(quantized, mask, 0).to(z.dtype), spread_codes(codes, mask), loss)
+        quantized = spread(reduce(torch.add, parts), mask, z.shape[:2], 0).to(z.dtype)
+        return QuantizerOutput(quantized, spread_codes(codes, mask, z.shape[:2]), reduce(torch.add, losses))
 
     def _through(self, residual: Tensor, vectors: Tensor) -> Tensor:
         """Straight through: the value of the vectors (N, C), the derivative of the residual (N, C)."""
         return residual + (vectors - residual).detach()
 
-    def encode(self, z: Tensor, mask: Tensor) -> Tensor:
-        """(B, T, C) and mask (B, T) -> codes (B, K, T)."""
+    def encode(self, z: Tensor, mask: Tensor | None) -> Tensor:
+        """(B, T, C) and mask (B, T), None: all True -> codes (B, K, T)."""
         residual, books = self._valid(z, mask), self._books()
         codes: list[Tensor] = []
         for k, codebook in enumerate(books):
             if k > 0:
                 residual = residual - books[k - 1].codes[codes[-1]]
             codes.append(nearest_code(residual, codebook.codes))
-        return spread_codes(codes, mask)
+        return spread_codes(codes, mask, z.shape[:2])
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes (B, K, T) -> (B, T, C), zero where a code is `NO_CODE`."""
@@ -333,18 +340,25 @@ class EMAQuantizer(Quantizer):
         for buffer in self.buffers():
             from_first_rank(buffer)
 
-    def _valid(self, z: Tensor, mask: Tensor) -> Tensor:
+    def _valid(self, z: Tensor, mask: Tensor | None) -> Tensor:
         """Return the valid frames (N, C) in the codebook's precision, whatever autocast says."""
-        return z[mask].to(self._books()[0].codes.dtype)
+        return valid_rows(z, mask).to(self._books()[0].codes.dtype)
 
 
-def spread(rows: Tensor, mask: Tensor, fill: float) -> Tensor:
-    """Put the rows (N, …) of valid frames back to their places (B, T, …), `fill` elsewhere."""
-    placed = rows.new_full((*mask.shape, *rows.shape[1:]), fill)
+def valid_rows(z: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the rows (N, …) of z (B, T, …) where mask (B, T) is True, None: all, which needs no look at the mask."""
+    return z.flatten(0, 1) if mask is None else z[mask]
+
+
+def spread(rows: Tensor, mask: Tensor | None, shape: Sequence[int], fill: float) -> Tensor:
+    """Undo `valid_rows`: put the rows (N, …) back to their places in `shape` (B, T), `fill` elsewhere."""
+    if mask is None:
+        return rows.view(*shape, *rows.shape[1:])
+    placed = rows.new_full((*shape, *rows.shape[1:]), fill)
     placed[mask] = rows
     return placed
 
 
-def spread_codes(codes: list[Tensor], mask: Tensor) -> Tensor:
+def spread_codes(codes: list[Tensor], mask: Tensor | None, shape: Sequence[int]) -> Tensor:
     """K lists of codes (N,) -> (B, K, T)."""
-    return spread(torch.stack(codes, 1), mask, NO_CODE).mT.contiguous()
+    return spread(torch.stack(codes, 1), mask, shape, NO_CODE).mT.contiguous()

@@ -28,12 +28,13 @@ def test_crops_are_rows_of_their_utterances_padded_with_zeros(splits):
     data = module(splits)
     for batch in batches(data, 8):
         assert batch.features.shape == (3, 16, DIM)
-        for features, length, utterance in zip(*batch, strict=True):
+        for features, length, utterance in zip(*batch[:3], strict=True):
             whole = torch.from_numpy(np.array(data.train.features(int(utterance))))
             assert length == min(16, len(whole))
             windows = whole.unfold(0, int(length), 1).mT if len(whole) > length else whole[None]
             assert (windows == features[:length]).all((1, 2)).any()
             assert (features[length:] == 0).all()
+        assert batch.full == bool((batch.lengths == 16).all())
 
 
 def test_every_utterance_comes_once_a_shuffle_short_ones_too(splits):
@@ -45,7 +46,7 @@ def test_every_utterance_comes_once_a_shuffle_short_ones_too(splits):
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_workers_change_no_batch(splits, num_workers):
     for one, other in zip(batches(module(splits), 7), batches(module(splits, num_workers=num_workers), 7), strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(one[:3], other[:3], strict=True)) and one.full == other.full
 
 
 def test_seed_decides_the_batches(splits):
@@ -80,7 +81,7 @@ def test_validation_takes_whole_utterances_once(splits):
     seen = []
     for batch in data.val_dataloader():
         assert batch.features.shape[0] * batch.features.shape[1] <= 45
-        for features, length, utterance in zip(*batch, strict=True):
+        for features, length, utterance in zip(*batch[:3], strict=True):
             whole = data.split("valid").features(int(utterance))
             assert torch.equal(features[:length], torch.from_numpy(np.array(whole)))
             seen.append(int(utterance))
@@ -230,7 +231,7 @@ def test_ranks_workers_and_a_stop_change_no_batch_of_a_mixture(roots, world_size
         loader.load_state_dict({"position": stop})
         parts.append(list(islice(loader, 10 - stop)))
     for whole, *shares in zip(expected, *parts, strict=True):
-        for one, *others in zip(whole, *shares, strict=True):
+        for one, *others in zip(whole[:3], *(share[:3] for share in shares), strict=True):
             assert torch.equal(one, torch.cat(others))
 
 

@@ -28,9 +28,9 @@ class Alone:
     world_size = 1
 
 
-def losses(model, features, lengths):
+def losses(model, features, lengths, full=False):
     model._trainer = Alone()
-    batch = Batch(features, torch.tensor(lengths), torch.arange(len(lengths)))
+    batch = Batch(features, torch.tensor(lengths), torch.arange(len(lengths)), full)
     return model._losses(batch)[0]
 
 
@@ -55,6 +55,20 @@ def test_masked_batch_has_the_gradients_of_cropped_utterances():
     losses(model, features[:, :7], [7])["loss"].backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(masked[name], parameter.grad, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["l1", "l2"])
+def test_batch_without_padding_is_computed_alike_without_masks(kind):
+    found = []
+    for full in (False, True):
+        model, features = module(reconstruction=kind), torch.randn(3, 12, 8, generator=torch.manual_seed(1)).double()
+        step = losses(model, features, [12, 12, 12], full)
+        step["loss"].backward()
+        model.codec.quantizer.update()
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        found.append({**step, **gradients, **model.codec.state_dict()})
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-12, atol=1e-12)
 
 
 def test_loss_is_measured_in_scaled_features():

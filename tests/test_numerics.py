@@ -1,4 +1,5 @@
 import logging
+from functools import partial
 from types import SimpleNamespace
 
 import lightning as L
@@ -15,6 +16,8 @@ from repcodec.module import CodecModule
 from repcodec.numerics import CodebookWatch
 from repcodec.shard_writer import write_shard
 from repcodec.shards import FeatureShards
+
+ADAM = partial(torch.optim.Adam, lr=1e-3)
 
 
 class Spoil(L.Callback):
@@ -35,12 +38,11 @@ class Spoil(L.Callback):
         self.before = {name: value.clone() for name, value in module.codec.state_dict().items()}
 
 
-def fit(splits, *callbacks, steps=4, **options):
+def fit(splits, *callbacks, steps=4, optimizer=ADAM, **options):
     torch.manual_seed(0)
     module = CodecModule(
-        RepCodec(DIM, codebook_size=16), lambda p: torch.optim.Adam(p, 1e-3),
-        lambda o: torch.optim.lr_scheduler.ConstantLR(o, 1.0),
-    )  # fmt: skip
+        RepCodec(DIM, codebook_size=16), optimizer, lambda o: torch.optim.lr_scheduler.ConstantLR(o, 1.0)
+    )
     data = ShardsDataModule(dim=DIM, encoder="hubert_base", layer=9, dir=str(splits), batch_size=3, crop=16)
     trainer = L.Trainer(
         accelerator="cpu", max_steps=steps, max_epochs=-1, num_sanity_val_steps=0, logger=False, limit_val_batches=0,
@@ -116,6 +118,14 @@ def test_overflow_of_the_gradient_scaler_is_no_error_but_one_without_end_is(spli
     assert {value.dtype for value in module.codec.state_dict().values()} == {torch.float32}
     with refused("the gradient of encoder.projector.weight is not finite"):
         fit(splits, Always(), plugins=[MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))], steps=40)
+
+
+def test_a_scaler_of_gradients_gets_an_optimizer_that_is_not_fused(splits):
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    for plugins, fused in ([], True), ([plugin], False):
+        module, trainer = fit(splits, steps=2, optimizer=partial(torch.optim.Adam, fused=True), plugins=plugins)
+        assert trainer.optimizers[0].defaults["fused"] == fused
+        assert all(torch.isfinite(value).all() for value in module.codec.state_dict().values())
 
 
 class Always(L.Callback):
