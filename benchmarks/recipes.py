@@ -17,6 +17,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import torch
 
@@ -60,14 +61,11 @@ def main() -> None:
     if args.without:
         runs += [(f"without {what}", recipes["winning"] + off, args.seeds[0]) for what, off in WITHOUT.items()]
     folders = [args.out / f"{name.replace(' ', '-')}-{seed}" for name, _, seed in runs]
+    failed = Event()
     with ThreadPoolExecutor(args.jobs) as pool:
-        made = [pool.submit(train, args, *run[1:], folder) for run, folder in zip(runs, folders, strict=True)]
-        try:
-            for one in made:
-                one.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # what has not begun shall not
-            raise
+        made = [pool.submit(train, args, failed, *run[1:], folder) for run, folder in zip(runs, folders, strict=True)]
+        for one in made:
+            one.result()
     found: dict[str, list[dict[int, float]]] = {}
     used: dict[str, list[float]] = {}
     for (name, _, _), folder in zip(runs, folders, strict=True):
@@ -79,10 +77,13 @@ def main() -> None:
     print(f"curves: {args.out / 'curves.svg'}")
 
 
-def train(args: argparse.Namespace, overrides: list[str], seed: int, folder: Path) -> None:
-    """Run train.py, or go on with a run that was stopped; its own output goes to the folder's log."""
+def train(args: argparse.Namespace, failed: Event, overrides: list[str], seed: int, folder: Path) -> None:
+    """Run train.py, or go on with a run that was stopped; its own output goes to the folder's log.
+
+    Once one run has failed, none begins any more.
+    """
     done = folder / "done"
-    if done.exists():
+    if done.exists() or failed.is_set():
         return
     folder.mkdir(parents=True, exist_ok=True)
     command = [
@@ -93,7 +94,10 @@ def train(args: argparse.Namespace, overrides: list[str], seed: int, folder: Pat
     if args.layer is not None:
         command.append(f"layer={args.layer}")
     with open(folder / "train.log", "a", encoding="utf-8") as log:
-        subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
+        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
+    if code != 0:
+        failed.set()
+        raise SystemExit(f"{folder / 'train.log'} ends with exit code {code}; mend that, then start again.")
     done.touch()
 
 
