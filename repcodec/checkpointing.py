@@ -200,6 +200,14 @@ def of_this_run(start: Path | str | None, folder: Path) -> bool:
     return start is not None and Path(start).resolve().parent.parent == folder.resolve().parent
 
 
+def set_aside(folder: Path) -> None:
+    """Rename what an earlier run left, in place of what the one before it left, and say so."""
+    aside = folder.with_name(f"{folder.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+    log.warning("An earlier run's %s: now in %s (ckpt_path=last goes on with a run).", folder.name, aside)
+
+
 class Checkpoints(Checkpoint):
     """Saves after every validation, at the end, and when a signal stops the run, which then goes on as if it never had.
 
@@ -249,10 +257,7 @@ class Checkpoints(Checkpoint):
             for partial in self.folder.glob(".*.partial-*"):  # of a run that was killed as it wrote
                 partial.unlink(missing_ok=True)
             if not goes_on and any(self.folder.glob("*.ckpt")):
-                aside = self.folder.with_name(f"{self.folder.name}.old")
-                shutil.rmtree(aside, ignore_errors=True)
-                self.folder.rename(aside)
-                log.warning("An earlier run's checkpoints are now in %s (ckpt_path=last goes on with a run).", aside)
+                set_aside(self.folder)
         self._heed_signals(trainer)
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:

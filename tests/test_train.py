@@ -294,6 +294,7 @@ def test_a_run_from_another_runs_checkpoint_saves_its_own_best(splits, tmp_path)
     # Again, where this run has been before: what it left is set aside, and its curve begins anew.
     run_here(splits, tmp_path / "two", "logger=none", f"ckpt_path='{start}'", *worse)
     assert (tmp_path / "two" / "checkpoints.old" / "best.ckpt").exists()
+    assert json.loads((tmp_path / "two" / "codec.old" / "config.json").read_text()) == config
     assert [row["step"] for row in read_validations(tmp_path / "two" / "validations.csv")] == [6]
     with refused(start, "has 3 steps already"):
         run_here(splits, tmp_path / "three", "logger=none", f"ckpt_path='{start}'", "trainer.max_steps=3")
