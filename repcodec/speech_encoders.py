@@ -254,11 +254,11 @@ class WhisperEncoder(SpeechEncoder):
     def position_table(self, num_frames: int) -> Tensor:
         """Return (T, D) positions: the model's table, or the same sinusoids computed for a longer T."""
         table = self.positions.weight
-        if num_frames <= len(table):
-            return table[:num_frames]
-        from transformers.models.whisper.modeling_whisper import sinusoids
+        if num_frames > len(table):
+            from transformers.models.whisper.modeling_whisper import sinusoids
 
-        return sinusoids(num_frames, self.dim).to(table)
+            table = sinusoids(num_frames, self.dim).to(table)
+        return table[:num_frames]
 
 
 def batches_of(num_samples: Sequence[int], batch_seconds: float) -> list[list[int]]:

@@ -222,7 +222,7 @@ def seed():
     torch.manual_seed(0)
 
 
-@pytest.mark.parametrize("dim", sorted(set(WIDTHS.values())))
+@pytest.mark.parametrize("dim", [768, *(pytest.param(dim, marks=pytest.mark.slow) for dim in (1024, 1280))])
 def test_published_settings_equal_the_reference(tmp_path, dim):
     o = complete(dim)
     state = published_state(o)
