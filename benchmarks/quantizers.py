@@ -114,10 +114,10 @@ class Run:
     def step(self, batch: Batch) -> float:
         """Take a step; return its loss."""
         began = perf_counter()
-        output = self.codec(batch.features, batch.lengths)
-        mask = frame_mask(batch.lengths, batch.features.shape[1])
-        made, given = self.codec.normalize(output.reconstruction), self.codec.normalize(batch.features)
-        loss = self.module.weights["reconstruction"] * reconstruction_loss(made, given, mask, "l2")
+        output = self.codec(batch.features, None if batch.full else batch.lengths)
+        mask = None if batch.full else frame_mask(batch.lengths, batch.features.shape[1])
+        error = reconstruction_loss(output.reconstruction, batch.features, mask, "l2")
+        loss = self.module.weights["reconstruction"] * error / self.codec.feature_scale.square()
         loss = loss + self.module.weights["commitment"] * output.quantizer.loss
         self.optimizer.zero_grad()
         loss.backward()

@@ -64,8 +64,11 @@ def main() -> None:
     failed = Event()
     with ThreadPoolExecutor(args.jobs) as pool:
         made = [pool.submit(train, args, failed, *run[1:], folder) for run, folder in zip(runs, folders, strict=True)]
-        for one in made:
-            one.result()
+        try:
+            for one in made:
+                one.result()
+        finally:
+            failed.set()
     found: dict[str, list[dict[int, float]]] = {}
     used: dict[str, list[float]] = {}
     for (name, _, _), folder in zip(runs, folders, strict=True):
@@ -96,7 +99,7 @@ def train(args: argparse.Namespace, failed: Event, overrides: list[str], seed: i
     with open(folder / "train.log", "a", encoding="utf-8") as log:
         code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
     if code != 0:
-        failed.set()
+        failed.set()  # now, not when the main thread comes to this run
         raise SystemExit(f"{folder / 'train.log'} ends with exit code {code}; mend that, then start again.")
     done.touch()
 

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
-from repcodec.checkpointing import MONITOR, of_this_run, set_aside
+from repcodec.checkpointing import MONITOR, of_this_run
 from repcodec.codec import RepCodec
 from repcodec.data import FeaturesDataModule
 from repcodec.module import CodecModule
@@ -60,8 +60,8 @@ class CodecStart(L.Callback):
         with tqdm(total=total, desc="Frames for k-means", unit="frame", unit_scale=True) as bar:
             for batch in data.start_batches():
                 vectors = codec.vectors(batch.features.to(device), batch.lengths.to(device))
-                counts = -(-batch.lengths // codec.stride)
-                found += zip(batch.utterances.tolist(), vectors.split(counts.tolist()), strict=True)
+                counts = [codec.architecture.num_codes(length) for length in batch.lengths.tolist()]
+                found += zip(batch.utterances.tolist(), vectors.split(counts), strict=True)
                 bar.update(min(int(batch.lengths.sum()), total - bar.n))
                 if bar.n >= total:
                     break
@@ -129,16 +129,11 @@ class SaveCodec(L.Callback):
         self.best = float("inf")
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Note what the data knows of the features, and whether the codec, which has its start by now, scales them.
-
-        The codec of an earlier run in the same folder is set aside, as its checkpoints are.
-        """
+        """Note what the data knows of the features, and whether the codec, which has its start by now, scales them."""
         assert isinstance(module, CodecModule)
         codec = module.codec
         if not of_this_run(trainer.ckpt_path, self.folder):
             self.best = float("inf")
-            if trainer.is_global_zero and (self.folder / "config.json").exists():
-                set_aside(self.folder)
         self.about |= trainer.datamodule.about_features  # type: ignore[attr-defined]  # see CodecStart
         self.about["feature_norm"] = bool((codec.feature_mean != 0).any() or codec.feature_scale != 1)
 

@@ -201,11 +201,12 @@ def of_this_run(start: Path | str | None, folder: Path) -> bool:
 
 
 def set_aside(folder: Path) -> None:
-    """Rename what an earlier run left, in place of what the one before it left, and say so."""
+    """Rename a folder that an earlier run left, if it did, in place of what the one before it left, and say so."""
     aside = folder.with_name(f"{folder.name}.old")
-    shutil.rmtree(aside, ignore_errors=True)
-    folder.rename(aside)
-    log.warning("An earlier run's %s: now in %s (ckpt_path=last goes on with a run).", folder.name, aside)
+    if folder.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+        log.warning("An earlier run's %s: now in %s (ckpt_path=last goes on with a run).", folder.name, aside)
 
 
 class Checkpoints(Checkpoint):
@@ -242,7 +243,7 @@ class Checkpoints(Checkpoint):
         trainer.strategy.checkpoint_io = WholeCheckpointIO()
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Restore what Lightning does not, or set an earlier run's checkpoints aside; then heed signals."""
+        """Restore what Lightning does not, or set an earlier run's checkpoints and codec aside; then heed signals."""
         assert isinstance(module, CodecModule)
         if self._loaded is not None:
             states = self._loaded["random_states"]
@@ -257,7 +258,8 @@ class Checkpoints(Checkpoint):
             for partial in self.folder.glob(".*.partial-*"):  # of a run that was killed as it wrote
                 partial.unlink(missing_ok=True)
             if not goes_on and any(self.folder.glob("*.ckpt")):
-                set_aside(self.folder)
+                for earlier in (self.folder, self.folder.with_name("codec")):  # checkpoints first: they can be resumed
+                    set_aside(earlier)
         self._heed_signals(trainer)
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:

@@ -260,6 +260,8 @@ class RepCodec(nn.Module):
 
     def forward(self, features: Tensor, lengths: Tensor | None = None) -> CodecOutput:
         """Code and decode (B, T, D), of which `lengths` (B,) frames are valid; None: all of them."""
+        if lengths is None and features.shape[1] % self.stride:  # not all frames are those of a whole code
+            lengths = torch.full((len(features),), features.shape[1], device=features.device)
         z, valid = self._vectors(features, lengths)
         quantized = self.quantizer(z, valid)
         return CodecOutput(self._features(quantized.quantized, valid, lengths, features.shape[1]), quantized)

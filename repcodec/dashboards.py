@@ -24,7 +24,7 @@ from repcodec.files import atomic_write
 from repcodec.loaders import ResumableLoader
 from repcodec.logs import read_validations
 from repcodec.module import CodecModule
-from repcodec.quantizers import EMAQuantizer, Quantizer
+from repcodec.quantizers import EMAQuantizer, Quantizer, valid_rows
 
 log = logging.getLogger("repcodec")
 
@@ -214,10 +214,9 @@ class Dashboard(L.Callback):
         self.sample: list[Tensor] = []
         self.hook = module.codec.quantizer.register_forward_pre_hook(self._see)
 
-    def _see(self, quantizer: torch.nn.Module, inputs: tuple[Tensor, Tensor]) -> None:
+    def _see(self, quantizer: torch.nn.Module, inputs: tuple[Tensor, Tensor | None]) -> None:
         """Keep every `every`-th valid vector that the quantizer gets."""
-        z, mask = inputs
-        vectors = z[mask]
+        vectors = valid_rows(*inputs)
         self.sample.append(vectors[-self.seen % self.every :: self.every].to("cpu", torch.float32, copy=True))
         self.seen += len(vectors)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.optim import Optimizer
@@ -90,8 +91,9 @@ class CodecModule(L.LightningModule):
         mask = None if batch.full else frame_mask(batch.lengths, batch.features.shape[1])
         # In features as the stacks see them: the mean falls out of a difference, the scale is that of all dimensions.
         reconstruction = reconstruction_loss(output.reconstruction, batch.features, mask, self.reconstruction)
-        scale = self.codec.feature_scale if self.reconstruction == "l1" else self.codec.feature_scale.square()
-        losses = {"reconstruction": reconstruction / scale, "commitment": output.quantizer.loss}
+        scale = self.codec.feature_scale.to(reconstruction)
+        reconstruction = reconstruction / (scale if self.reconstruction == "l1" else scale.square())
+        losses = {"reconstruction": reconstruction, "commitment": output.quantizer.loss}
         if self.trainer.world_size > 1:
             coded = output.quantizer.codes[:, 0] != NO_CODE
             counts = torch.stack([batch.lengths.sum(), coded.sum()]).double()
@@ -189,8 +191,11 @@ class CodecModule(L.LightningModule):
             RepCodecError: they do not take their options.
         """
         given = getattr(self.optimizer, "keywords", {})
-        # A fused step unscales gradients of half precision itself: too late to clip them, or to tell their norm.
-        changed = {"fused": False} if given.get("fused") and self._scaler() is not None else {}
+        # A fused step would unscale gradients itself, after they are clipped and their norm is told; under mixed
+        # precision Lightning clips none of a fused optimizer, scaled or not.
+        mixed = isinstance(self.trainer.precision_plugin, MixedPrecision)
+        unscaled = self._scaler() is not None or self.trainer.gradient_clip_val
+        changed = {"fused": False} if given.get("fused") and mixed and unscaled else {}
         try:
             optimizer = self.optimizer(self.codec.parameters(), **changed)
             scheduler = self.scheduler(optimizer)

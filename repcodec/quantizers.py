@@ -191,13 +191,13 @@ class EMACodebook(nn.Module):
         sum_over_ranks(counts)
         sum_over_ranks(sums)
         # Nothing to learn from, or an overflow of half precision, whose step the optimizer skips too.
-        frames, total = torch.stack([counts.sum(), sums.sum()]).tolist()
-        if frames == 0 or not math.isfinite(total):
+        most, largest = torch.stack([counts.amax(), sums.abs().amax()]).tolist()
+        if most == 0 or not math.isfinite(largest):
             return
         self.counts.mul_(self.decay).add_(counts, alpha=1 - self.decay)
         self.sums.mul_(self.decay).add_(sums, alpha=1 - self.decay)
-        moving = self.counts.sum()
-        smoothed = (self.counts + self.EPSILON) / (moving + len(self.counts) * self.EPSILON) * moving
+        total = self.counts.sum()
+        smoothed = (self.counts + self.EPSILON) / (total + len(self.counts) * self.EPSILON) * total
         old = self.codes.clone()
         self.codes.copy_(self.sums / smoothed[:, None])
         if self.revive_below > 0:

@@ -292,7 +292,7 @@ def test_make_compare_compares_all(speech, whisper_folder, tmp_path):
     (tmp_path / "cache" / "whisper-tiny.en").symlink_to(whisper_folder)
     command = [
         "make", "-f", ROOT / "Makefile", "-o", f"{sys.prefix}/.installed", f"VENV={sys.prefix}", "compare", "RUN=few",
-        f"AUDIO={speech / 'audio'}", f"LABELS={speech / 'phones.tsv'}", "SIZES=8", "CODEBOOKS=2", "STEPS=2",
+        f"AUDIO={speech / 'audio'}", f"LABELS={speech / 'phones.tsv'}", "SIZES=8,16", "CODEBOOKS=2", "STEPS=2",
         "OVERRIDES=codec=small logger=csv data.batch_size=2 ~callbacks.dashboard",
         "MEASURES=corpus=true abx=true",
     ]  # fmt: skip
@@ -300,7 +300,9 @@ def test_make_compare_compares_all(speech, whisper_folder, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     made = tmp_path / "outputs" / "few" / "compare"
     rows = {row["name"]: row for row in json.loads((made / "results.json").read_text())["rows"]}
-    assert list(rows) == ["RepCodec 8", "RepCodec 2 x 1024", "k-means 8", "features"]
+    assert list(rows) == [
+        "RepCodec 8", "RepCodec 16", "RepCodec 2 x 1024", "k-means 8", "k-means 16", "features"
+    ]  # fmt: skip
     measured = {"normalized_error", "pnmi", "abx_within", "corpus_used_share"}
     for row in list(rows.values())[:-1]:
         assert not [name for name in measured if row[name] is None]

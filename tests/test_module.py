@@ -10,9 +10,9 @@ from repcodec.data import Batch, ShardsDataModule
 from repcodec.module import CodecModule
 
 
-def module(**options):
+def module(shape=None, **options):
     torch.manual_seed(0)
-    codec = RepCodec(8, codebook_size=16).double()
+    codec = RepCodec(8, codebook_size=16, **(shape or {})).double()
     with torch.no_grad():
         for name, parameter in codec.named_parameters():
             if name.endswith("bias"):
@@ -57,12 +57,18 @@ def test_masked_batch_has_the_gradients_of_cropped_utterances():
         torch.testing.assert_close(masked[name], parameter.grad, rtol=1e-9, atol=1e-9)
 
 
+HALVING = {"enc_strides": (2, 1), "dec_strides": (1, 2)}
+
+
 @pytest.mark.parametrize("kind", ["l1", "l2"])
-def test_batch_without_padding_is_computed_alike_without_masks(kind):
+@pytest.mark.parametrize("shape", [{}, HALVING, HALVING | {"pad_to_stride": False}], ids=["whole", "filled up", "cut"])
+def test_batch_without_padding_is_computed_alike_without_masks(kind, shape):
     found = []
     for full in (False, True):
-        model, features = module(reconstruction=kind), torch.randn(3, 12, 8, generator=torch.manual_seed(1)).double()
-        step = losses(model, features, [12, 12, 12], full)
+        model, features = module(shape, reconstruction=kind), torch.randn(3, 9, 8, generator=torch.manual_seed(1))
+        features = features.double()
+        model.codec.feature_mean.fill_(3.0)
+        step = losses(model, features, [9, 9, 9], full)
         step["loss"].backward()
         model.codec.quantizer.update()
         gradients = {name: parameter.grad for name, parameter in model.named_parameters()}

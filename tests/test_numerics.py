@@ -120,12 +120,18 @@ def test_overflow_of_the_gradient_scaler_is_no_error_but_one_without_end_is(spli
         fit(splits, Always(), plugins=[MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))], steps=40)
 
 
-def test_a_scaler_of_gradients_gets_an_optimizer_that_is_not_fused(splits):
-    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
-    for plugins, fused in ([], True), ([plugin], False):
-        module, trainer = fit(splits, steps=2, optimizer=partial(torch.optim.Adam, fused=True), plugins=plugins)
-        assert trainer.optimizers[0].defaults["fused"] == fused
-        assert all(torch.isfinite(value).all() for value in module.codec.state_dict().values())
+@pytest.mark.parametrize(
+    ("precision", "clip", "fused"),
+    [("32-true", 0.1, True), ("bf16-mixed", None, True), ("bf16-mixed", 0.1, False), ("16-mixed", None, False)],
+)
+def test_an_optimizer_is_fused_where_gradients_are_still_clipped_and_told(splits, precision, clip, fused):
+    # Half precision on a CPU: Lightning has the plugin, the trainer's flag would choose bfloat16.
+    scaler = torch.amp.GradScaler("cpu") if precision == "16-mixed" else None
+    plugins = [] if precision == "32-true" else [MixedPrecision(precision, "cpu", scaler)]
+    optimizer = partial(torch.optim.Adam, fused=True)
+    module, trainer = fit(splits, steps=2, optimizer=optimizer, plugins=plugins, gradient_clip_val=clip)
+    assert trainer.optimizers[0].defaults["fused"] == fused
+    assert all(torch.isfinite(value).all() for value in module.codec.state_dict().values())
 
 
 class Always(L.Callback):
