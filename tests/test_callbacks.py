@@ -74,6 +74,18 @@ def test_start_takes_no_more_frames_than_asked(splits, monkeypatch):
     assert seen == [50]
 
 
+def test_start_of_a_codec_that_cuts_its_last_frames_off_takes_the_vectors_there_are(splits, monkeypatch):
+    from repcodec.quantizers import EMAQuantizer
+
+    seen = []
+    monkeypatch.setattr(EMAQuantizer, "start", lambda self, z, seed: seen.append(len(z)))
+    codec = RepCodec(8, codebook_size=16, enc_strides=(2, 1), dec_strides=(1, 2), pad_to_stride=False)
+    _, _, data = fit(splits, CodecStart(), steps=1, codec=codec)
+    lengths = data.train.lengths.tolist()
+    assert seen == [sum(map(codec.architecture.num_codes, lengths))]
+    assert any(length % 2 for length in lengths), "else nothing is cut off"
+
+
 def test_histogram_counts_the_frames_of_the_validation_set(splits):
     _, module, data = fit(splits, ValidateEnds())
     assert int(module.valid_counts.sum()) == data.split("valid").lengths.sum()

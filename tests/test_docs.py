@@ -37,8 +37,9 @@ from repcodec.codec import RepCodec
 from repcodec.speech_encoders import encoder_table
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = {str(path.relative_to(ROOT)): path for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]}
-PROGRAMS = ("python", "repcodec", "make", "pip", "srun", "torchrun")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted(ROOT.glob("docs/**/*.md"))]
+DOCUMENTS = {str(path.relative_to(ROOT)): path for path in PAGES}
+PROGRAMS = ("python", "repcodec", "make", "pip", "pytest", "srun", "torchrun")
 DIM = 16
 NUM_SOUNDS = {"train": 8, "valid": 2, "test": 3, "test-clean": 2}
 CONV = {"conv_dim": [16] * 7, "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2}
@@ -52,7 +53,7 @@ def blocks(text, language):
 def spans(text):
     """Commands in `single quotes`; … stands for something, so such a one is none."""
     prose = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
-    return [shlex.split(span) for span in re.findall(rf"`((?:{'|'.join(PROGRAMS)}) [^`…]+)`", prose)]
+    return [shlex.split(span) for span in re.findall(rf"`(?:[A-Z_]+=\w+ )?((?:{'|'.join(PROGRAMS)}) [^`…]+)`", prose)]
 
 
 def commands(document, folder):
@@ -215,6 +216,9 @@ def try_command(words, monkeypatch):
     elif program == "make":
         done = subprocess.run(["make", "-n", *rest], cwd=ROOT, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
+    elif program == "pytest":  # a test that ran the tests would never end
+        files = [word for word in rest if not word.startswith("-")]
+        assert files and all(any(ROOT.glob(name)) for name in files)
     elif program == "pip":
         if rest == ["install", "."]:  # test_readme.py installs the wheel
             return
@@ -268,6 +272,7 @@ srun --kill-on-bad-exit python train.py
     [
         ("repcodec tokenise outputs/demo/codec speech.wav", "SystemExit: 2"),
         ("repcodec info no/such/codec", "AssertionError: .*no/such/codec"),
+        ("pytest tests/test_no_such.py", "AssertionError"),
         ("make no-such-target", "AssertionError: .*No rule to make target 'no-such-target'"),
         ("pip install 'repcodec[no_such_extra]'", "AssertionError"),
         ("python train.py data.no_such_key=1", "ConfigCompositionException: .*data.no_such_key"),

@@ -194,6 +194,14 @@ def test_frame_that_is_not_finite_does_not_reach_the_codebook():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_large_sums_move_a_codebook_of_half_precision():
+    book = EMACodebook(64, 32, decay=0.5, revive_below=0).half()
+    frames = torch.full((64, 32), 50.0, dtype=torch.float16)  # each sum is finite, their sum is not
+    book.note(frames, torch.arange(64))
+    book.update()
+    assert torch.equal(book.counts, torch.full((64,), 0.5, dtype=torch.float16))
+
+
 def test_start_with_fewer_points_than_codes_leaves_no_code_at_the_origin():
     model = quantizer(size=12)
     z = (torch.arange(5.0).double() + 1).repeat(8)[:, None].expand(-1, 4)
