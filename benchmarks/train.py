@@ -6,9 +6,9 @@
 Two processes, one a way, take steps in turn, on random features; each takes a step to warm up first:
 
     plain   the published step, plainly: Conv1d on unpadded crops, a one-hot (N, V) matrix for the moving averages,
-            45 x mean squared error + commitment loss, Adam
+            45 x mean squared error + commitment loss, Adam as PyTorch chooses to run it
     ours    `lightning.Trainer.fit` of the published recipe as `train.py` runs it: crops out of feature shards, masks,
-            losses, metrics, logging, the codebook's update, Adam
+            losses, metrics, logging, the codebook's update, Adam, fused
 
 Memory is the peak of each process; on a GPU that of the device. There it goes on with frames a second of our step in
 float32, tf32 and bf16, compiled or not, and the share of the card's matrix rate that the step's products make up
@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--dims", type=int, nargs="+", default=[768, 1024, 1280], help="widths (default: all three)")
     parser.add_argument("--steps", type=int, default=11, help="of each way (default 11)")
     parser.add_argument("--device", action="store_true", help="only the table of precisions")
+    parser.add_argument("--deterministic", action="store_true", help="there with +trainer.deterministic=warn")
     parser.add_argument("--one", nargs=2, metavar=("WAY", "DIM"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -64,7 +65,7 @@ def main() -> None:
         if CUDA or args.device:
             for precision in PRECISIONS:
                 for compiled in (False, True):
-                    print(device_rate(dim, precision, compiled, args.steps), flush=True)
+                    print(device_rate(dim, precision, compiled, args.steps, args.deterministic), flush=True)
 
 
 def compare(dim: int, num_steps: int) -> None:
@@ -188,6 +189,7 @@ def our_steps(
     between: Callable[[], None],
     precision: str = "32-true",
     compiled: bool = False,
+    deterministic: bool = False,
 ) -> None:
     """Train as `train.py` does, in the published recipe; `between` as in `plain_steps`."""
     warnings.filterwarnings("ignore")  # as to workers, intervals and a missing validation, in every round again
@@ -206,6 +208,7 @@ def our_steps(
         timer = LambdaCallback(on_train_start=lambda *_: between(), on_train_batch_end=lambda *_: between())
         trainer = L.Trainer(
             accelerator="gpu" if CUDA else "cpu", devices=1, precision=precision, max_steps=num_steps,
+            deterministic="warn" if deterministic else None,
             limit_val_batches=0, log_every_n_steps=50, use_distributed_sampler=False, callbacks=[timer],
             logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
             default_root_dir=name,
@@ -213,7 +216,7 @@ def our_steps(
         trainer.fit(CodecModule(RepCodec(dim), partial(ADAM, fused=True), constant, compile=compiled), data)
 
 
-def device_rate(dim: int, precision: str, compiled: bool, num_steps: int) -> str:
+def device_rate(dim: int, precision: str, compiled: bool, num_steps: int, deterministic: bool) -> str:
     """Return a line: frames a second of our step, and its share of the device's matrix rate."""
     device = torch.device("cuda" if CUDA else "cpu")
     lightning_precision, products = PRECISIONS[precision]
@@ -226,7 +229,7 @@ def device_rate(dim: int, precision: str, compiled: bool, num_steps: int) -> str
             torch.cuda.synchronize()
         times.append(time.perf_counter())
 
-    our_steps(dim, 3 + num_steps, between, lightning_precision, compiled)
+    our_steps(dim, 3 + num_steps, between, lightning_precision, compiled, deterministic)
     seconds = statistics.median(after - before for before, after in pairwise(times[3:]))
     frames, weights = BATCH * CROP, sum(p.numel() for p in RepCodec(dim).parameters() if p.dim() == 3)
     # A product with each weight forward, two backward, and one with the codebook; two operations each.
