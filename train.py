@@ -73,7 +73,7 @@ def fit(config: DictConfig, trainer: "L.Trainer", module: Any, data: Any, callba
     if trainer.is_global_zero:
         if callbacks["checkpoints"].stopped:
             sys.exit(143)  # as a process that SIGTERM ended
-        log.info("Codec of the best validation, normalized error %.4f: %s", saved.best, saved.folder)
+        log.info("Codec of the best validation after step 0, normalized error %.4f: %s", saved.best, saved.folder)
     return float(saved.best)
 
 

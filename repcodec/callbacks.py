@@ -1,5 +1,6 @@
 """Callbacks for what Lightning lacks: the codec's start, validation at both ends, the saved codec, one bar."""
 
+import logging
 import math
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +14,10 @@ from tqdm import tqdm
 from repcodec.checkpointing import MONITOR, of_this_run
 from repcodec.codec import RepCodec
 from repcodec.data import FeaturesDataModule
+from repcodec.errors import RepCodecError
 from repcodec.module import CodecModule
+
+log = logging.getLogger("repcodec")
 
 
 class CodecStart(L.Callback):
@@ -110,7 +114,8 @@ class ValidateEnds(L.Callback):
 class SaveCodec(L.Callback):
     """Saves the codec of the best validation after step 0: config.json, model.safetensors and the model card.
 
-    Like `Checkpoints` it passes over step 0, so that best.ckpt and the saved codec are the same.
+    Like `Checkpoints` it passes over step 0, so that best.ckpt and the saved codec are the same; a run that never came
+    below its start says so.
     Every checkpoint describes its codec too, under "codec", for `RepCodec.from_lightning`.
     """
 
@@ -126,24 +131,35 @@ class SaveCodec(L.Callback):
             "frame_rate": frame_rate,
             "repcodec_version": version("repcodec"),
         }
-        self.best = float("inf")
+        self.best = self.at_start = float("inf")
+
+    def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        """Refuse a run that would save no codec.
+
+        Raises:
+            RepCodecError: it shall not validate.
+        """
+        if trainer.limit_val_batches == 0:
+            raise RepCodecError("trainer.limit_val_batches=0: expected at least 1; what a validation finds is saved.")
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Note what the data knows of the features, and whether the codec, which has its start by now, scales them."""
         assert isinstance(module, CodecModule)
         codec = module.codec
-        if not of_this_run(trainer.ckpt_path, self.folder):
-            self.best = float("inf")
+        if trainer.ckpt_path is not None and not of_this_run(trainer.ckpt_path, self.folder):
+            self.best = self.at_start = float("inf")
         self.about |= trainer.datamodule.about_features  # type: ignore[attr-defined]  # see CodecStart
         self.about["feature_norm"] = bool((codec.feature_mean != 0).any() or codec.feature_scale != 1)
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Save when this validation is the best so far."""
         assert isinstance(module, CodecModule)
-        error = trainer.callback_metrics.get(MONITOR)
-        if trainer.global_step == 0 or error is None or not float(error) < self.best:
+        error = float(trainer.callback_metrics.get(MONITOR, "nan"))
+        if trainer.global_step == 0:
+            self.at_start = error
+        if trainer.global_step == 0 or not error < self.best:
             return
-        self.best = float(error)
+        self.best = error
         if trainer.is_global_zero:
             metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
             figures = {
@@ -160,13 +176,21 @@ class SaveCodec(L.Callback):
         assert isinstance(module, CodecModule)
         checkpoint["codec"] = {**module.codec.config(), **self.about}
 
+    def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Warn when no step made the codec better than it began."""
+        if trainer.is_global_zero and not trainer.interrupted and self.at_start <= self.best < math.inf:
+            log.warning(
+                "No validation was better than that of the start: normalized error %.4f at step 0, then %.4f at best. "
+                "Train longer, or with a smaller optimizer.lr.", self.at_start, self.best,
+            )  # fmt: skip
+
     def state_dict(self) -> dict[str, Any]:
-        """Return the best error so far, for the checkpoint."""
-        return {"best": self.best}
+        """Return the best error so far and that of the start, for the checkpoint."""
+        return {"best": self.best, "at_start": self.at_start}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on comparing with a checkpoint's best."""
-        self.best = state_dict["best"]
+        self.best, self.at_start = state_dict["best"], state_dict.get("at_start", math.inf)
 
 
 class StepProgress(ProgressBar):

@@ -173,7 +173,13 @@ def find_checkpoint(ckpt_path: str | None, folder: Path) -> Resumption | None:
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint whole or not at all; of last.ckpt, the one that it replaces stays as previous.ckpt."""
+    """Writes a checkpoint whole or not at all; of last.ckpt, the one that it replaces stays as previous.ckpt.
+
+    Attributes:
+        last_is_sound: whether the last.ckpt that is there may take the place of previous.ckpt.
+    """
+
+    last_is_sound: bool = True
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
@@ -191,8 +197,9 @@ class WholeCheckpointIO(TorchCheckpointIO):
                 raise error.__context__ if isinstance(error.__context__, OSError) else error from None
             file.flush()
             os.fsync(file.fileno())
-            if path.name == LAST and path.exists():
+            if path.name == LAST and path.exists() and self.last_is_sound:
                 os.replace(path, path.with_name(PREVIOUS))
+        self.last_is_sound = self.last_is_sound or path.name == LAST
 
 
 def of_this_run(start: Path | str | None, folder: Path) -> bool:
@@ -234,13 +241,14 @@ class Checkpoints(Checkpoint):
         self.folder, self.keep_best = Path(folder), keep_best
         self.best: list[tuple[float, int]] = []  # (error, step), best first
         self.stopped = False
+        self._files = WholeCheckpointIO()
         self._saved_at = 0
         self._signalled = 0
         self._loaded: dict[str, Any] | None = None
 
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         """Have checkpoints written whole."""
-        trainer.strategy.checkpoint_io = WholeCheckpointIO()
+        trainer.strategy.checkpoint_io = self._files
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Restore what Lightning does not, or set an earlier run's checkpoints and codec aside; then heed signals."""
@@ -254,6 +262,8 @@ class Checkpoints(Checkpoint):
         goes_on = of_this_run(trainer.ckpt_path, self.folder)
         if not goes_on:
             self.best = []
+        elif Path(str(trainer.ckpt_path)).name != LAST:  # the last one may be damaged
+            self._files.last_is_sound = False
         if trainer.is_global_zero:
             for partial in self.folder.glob(".*.partial-*"):  # of a run that was killed as it wrote
                 partial.unlink(missing_ok=True)

@@ -47,6 +47,8 @@ def user_message(error: BaseException) -> str | None:
             return f"{cause.filename}: {cause.strerror}."
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):  # in a write no file is named
             return f"{cause.strerror}: free some space, then run the same command again."
+        if str(cause).startswith("No supported gpu backend"):
+            return "no GPU was found; trainer=cpu trains without one, trainer=ddp_cpu in several processes."
         if type(cause).__name__ == "MisconfigurationException" or (making and isinstance(cause, ValueError)):
             return str(cause)
         if making and isinstance(cause, TypeError):  # an option that there is not, or a value of another kind

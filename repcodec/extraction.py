@@ -162,7 +162,7 @@ def _read_ahead(
             if encoder.num_frames(len(waveform)) == 0:
                 path = Path(utterances.root, utterances.paths[utterance])
                 raise RepCodecError(
-                    f"{path}: {len(waveform)} samples are too short for one frame; remove it from the manifest."
+                    f"{path}: {len(waveform)} samples are too short for one frame; leave it out."
                 )
         except RepCodecError as error:
             if not skip_bad:

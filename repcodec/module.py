@@ -74,10 +74,11 @@ class CodecModule(L.LightningModule):
         """Make the metric that needs the training set's mean.
 
         Raises:
-            RepCodecError: training shall take no step.
+            RepCodecError: training shall take no step, or one of no batch, or validate after none.
         """
-        if stage == "fit" and self.trainer.max_steps == 0:
-            raise RepCodecError("trainer.max_steps=0: expected at least 1 step to train.")
+        for option in ("accumulate_grad_batches", "val_check_interval", "max_steps", "max_epochs"):
+            if stage == "fit" and getattr(self.trainer, option) == 0:
+                raise RepCodecError(f"trainer.{option}=0: expected at least 1.")
         data = self.trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it on attach
         self.valid_error = NormalizedError(data.statistics.mean)
 

@@ -48,8 +48,8 @@ def read_pickle(path: Path) -> Any:
                 "and plain values alone, so take the file from its publisher or save it again without that."
             ) from error
         raise RepCodecError(
-            f"{path}: not a checkpoint that torch can read; it is damaged, cut off or of another kind: download or "
-            "copy it again."
+            f"{path}: not a checkpoint that torch can read; it is damaged, cut off or of another kind: take "
+            "another copy of it."
         ) from error
 
 

@@ -3,7 +3,7 @@ import os
 import lightning as L
 import pytest
 import torch
-from conftest import write_split
+from conftest import refused, write_split
 
 from repcodec.callbacks import CodecStart, SaveCodec, ValidateEnds
 from repcodec.codec import RepCodec
@@ -25,7 +25,7 @@ class Watch(L.Callback):
             self.started = {name: value.clone() for name, value in module.codec.state_dict().items()}
 
 
-def fit(splits, *callbacks, steps=4, codec=None):
+def fit(splits, *callbacks, steps=4, codec=None, **options):
     torch.manual_seed(0)
     codec = codec or RepCodec(8, codebook_size=16)
     module = CodecModule(
@@ -36,7 +36,7 @@ def fit(splits, *callbacks, steps=4, codec=None):
     trainer = L.Trainer(
         accelerator="cpu", max_steps=steps, max_epochs=-1, val_check_interval=2, check_val_every_n_epoch=None,
         num_sanity_val_steps=0, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        callbacks=[*callbacks, watch],
+        callbacks=[*callbacks, watch], **options,
     )  # fmt: skip
     trainer.fit(module, data)
     return watch, module, data
@@ -103,7 +103,22 @@ def test_saved_codec_is_that_of_the_best_validation(splits, tmp_path):
     assert config["step"] == next(step for step, error in watch.validated if error == best)
     other = SaveCodec(str(tmp_path), "hubert_base", 9, 50)
     other.load_state_dict(saver.state_dict())
-    assert other.best == best
+    assert (other.best, other.at_start) == (best, watch.validated[0][1])
+
+
+@pytest.mark.parametrize(("start", "worse"), [([], False), ([CodecStart()], True)])  # after four steps
+def test_a_run_that_never_came_below_its_start_says_so(splits, tmp_path, caplog, start, worse):
+    saver = SaveCodec(str(tmp_path / "codec"), "hubert_base", 9, 50)
+    watch, _, _ = fit(splits, *start, ValidateEnds(), saver)
+    errors = [error for _, error in watch.validated]
+    assert (errors[0] <= min(errors[1:])) is worse
+    assert (f"normalized error {errors[0]:.4f} at step 0, then {saver.best:.4f}" in caplog.text) is worse
+
+
+def test_a_run_that_would_save_nothing_is_refused(splits, tmp_path):
+    saver = SaveCodec(str(tmp_path / "codec"), "hubert_base", 9, 50)
+    with refused("trainer.limit_val_batches=0"):
+        fit(splits, ValidateEnds(), saver, limit_val_batches=0)
 
 
 def saved_config(splits, tmp_path, *callbacks):

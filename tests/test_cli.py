@@ -281,7 +281,7 @@ BAD = {
     "shorter than listed": ("long.wav\t8322", "long.wav: 8161 samples at 16 kHz, but the list of sounds says 8322"),
     "duplicate id": ("x.wav\t8000", "'x.wav' has the id of 'x.ogg'"),
     "tab": ("tab\tin.wav\t8000", "a path cannot hold a tab"),
-    "missing": ("missing.wav\t8000", "missing.wav: not a readable sound file"),
+    "missing": ("missing.wav\t8000", "missing.wav: no such file"),
 }  # fmt: skip
 IN_THE_LINE = ("duplicate id", "tab")
 

@@ -90,6 +90,7 @@ def test_words_of_the_libraries_that_are_the_users_business():
             "module.compile=true: torch.compile fails (no compiler); train with module.compile=false."
         )
     assert user_message(MisconfigurationException("no GPU here")) == "no GPU here"
+    assert "trainer=ddp_cpu" in user_message(MisconfigurationException("No supported gpu backend found!"))
     lost = RuntimeError("[gloo/transport/tcp/pair.cc] /gloo/transport: Connection closed by peer")
     for error in (lost, dist.DistNetworkError("timed out")):
         assert user_message(error).startswith("another process of this run has died or no longer answers")

@@ -38,17 +38,15 @@ class Spoil(L.Callback):
         self.before = {name: value.clone() for name, value in module.codec.state_dict().items()}
 
 
-def fit(splits, *callbacks, steps=4, optimizer=ADAM, **options):
+def fit(splits, *callbacks, optimizer=ADAM, **options):
     torch.manual_seed(0)
     module = CodecModule(
         RepCodec(DIM, codebook_size=16), optimizer, lambda o: torch.optim.lr_scheduler.ConstantLR(o, 1.0)
     )
     data = ShardsDataModule(dim=DIM, encoder="hubert_base", layer=9, dir=str(splits), batch_size=3, crop=16)
-    trainer = L.Trainer(
-        accelerator="cpu", max_steps=steps, max_epochs=-1, num_sanity_val_steps=0, logger=False, limit_val_batches=0,
-        enable_model_summary=False,
-        enable_checkpointing=False, enable_progress_bar=False, callbacks=list(callbacks), **options,
-    )  # fmt: skip
+    quiet = {"logger": False, "enable_model_summary": False, "enable_checkpointing": False}
+    given = {"max_steps": 4, "max_epochs": -1, "limit_val_batches": 0, **quiet, **options}
+    trainer = L.Trainer(accelerator="cpu", callbacks=list(callbacks), enable_progress_bar=False, **given)
     trainer.fit(module, data)
     return module, trainer
 
@@ -112,12 +110,12 @@ def test_gradient_norm_is_logged_as_it_is_before_clipping(splits):
 def test_overflow_of_the_gradient_scaler_is_no_error_but_one_without_end_is(splits):
     # Half precision on a CPU: Lightning has the plugin, the trainer's flag would choose bfloat16.
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=1000)
-    module, _ = fit(splits, plugins=[MixedPrecision("16-mixed", "cpu", scaler)], steps=40)
+    module, _ = fit(splits, plugins=[MixedPrecision("16-mixed", "cpu", scaler)], max_steps=40)
     assert scaler.get_scale() < 2.0**40
     assert all(torch.isfinite(value).all() for value in module.codec.state_dict().values())
     assert {value.dtype for value in module.codec.state_dict().values()} == {torch.float32}
     with refused("the gradient of encoder.projector.weight is not finite"):
-        fit(splits, Always(), plugins=[MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))], steps=40)
+        fit(splits, Always(), plugins=[MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))], max_steps=40)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +127,7 @@ def test_an_optimizer_is_fused_where_gradients_are_still_clipped_and_told(splits
     scaler = torch.amp.GradScaler("cpu") if precision == "16-mixed" else None
     plugins = [] if precision == "32-true" else [MixedPrecision(precision, "cpu", scaler)]
     optimizer = partial(torch.optim.Adam, fused=True)
-    module, trainer = fit(splits, steps=2, optimizer=optimizer, plugins=plugins, gradient_clip_val=clip)
+    module, trainer = fit(splits, max_steps=2, optimizer=optimizer, plugins=plugins, gradient_clip_val=clip)
     assert trainer.optimizers[0].defaults["fused"] == fused
     assert all(torch.isfinite(value).all() for value in module.codec.state_dict().values())
 
@@ -169,9 +167,10 @@ def test_codebook_hardly_used_is_warned_of_from_the_start_unless_there_are_few_f
     assert [record.getMessage().partition(" %")[0] for record in caplog.records] == ["step 0: the validation uses 4.0"]
 
 
-def test_zero_steps_are_refused(splits):
-    with refused("trainer.max_steps=0"):
-        fit(splits, steps=0)
+@pytest.mark.parametrize("option", ["max_steps", "max_epochs", "val_check_interval", "accumulate_grad_batches"])
+def test_zero_steps_are_refused(splits, option):
+    with refused(f"trainer.{option}=0: expected at least 1"):
+        fit(splits, **{option: 0})
 
 
 def test_batch_larger_than_the_data_takes_utterances_several_times(splits):
@@ -200,7 +199,7 @@ def test_features_with_a_few_huge_dimensions_train_stably(tmp_path):
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
             self.seen.append(float(outputs["loss"]))
 
-    module, _ = fit(tmp_path, CodecStart(), Losses(), steps=60)
+    module, _ = fit(tmp_path, CodecStart(), Losses(), max_steps=60)
     assert max(Losses.seen) < 100, "the loss of raw features would begin above 100,000"
     assert sum(Losses.seen[-10:]) < sum(Losses.seen[:10])
     codec, shards = module.codec.eval(), FeatureShards(tmp_path / "valid")

@@ -80,7 +80,7 @@ def test_cut_off_files_are_one_sentence(tmp_path, tiny, suffix, zipped, share):
     torch.save(torch.load(tiny, weights_only=True), path, _use_new_zipfile_serialization=zipped)
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])
-    with refused(path, "cut off", "copy it again"):
+    with refused(path, "cut off", "another copy"):
         LOADERS[suffix](path)
 
 

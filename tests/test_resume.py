@@ -294,6 +294,13 @@ def test_a_run_goes_on_bit_for_bit_from_the_one_before(features, whole, copy):
     equal_runs(whole, copy)
 
 
+def test_a_damaged_checkpoint_takes_not_the_place_of_the_sound_one_before(features, copy):
+    (copy / "checkpoints" / "last.ckpt").write_bytes(b"")
+    run_here(features, copy, *OPTIONS, "ckpt_path=last", "trainer.max_steps=12")  # one save, at the end
+    steps = {name: read(copy / "checkpoints" / f"{name}.ckpt")["global_step"] for name in ("previous", "last")}
+    assert steps == {"previous": 10, "last": 12}
+
+
 def test_damaged_checkpoints_alone_are_refused_and_nothing_is_overwritten(features, copy):
     for path in (copy / "checkpoints").iterdir():
         path.write_bytes(b"x")
