@@ -135,7 +135,7 @@ def _is_m4a(path: Path | str) -> bool:
 
 def _unreadable(path: Path | str, error: Exception) -> RepCodecError:
     if not os.path.exists(path):
-        return RepCodecError(f"{path}: no such file; where a manifest lists it, that one's first line names the folder.")
+        return RepCodecError(f"{path}: no such file; where a manifest lists it, its first line names the folder.")
     return RepCodecError(f"{path}: not a readable sound file ({error}); remove it or convert it.")
 
 
