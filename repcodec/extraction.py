@@ -161,9 +161,7 @@ def _read_ahead(
             waveform = utterances.waveform(utterance)
             if encoder.num_frames(len(waveform)) == 0:
                 path = Path(utterances.root, utterances.paths[utterance])
-                raise RepCodecError(
-                    f"{path}: {len(waveform)} samples are too short for one frame; leave it out."
-                )
+                raise RepCodecError(f"{path}: {len(waveform)} samples are too short for one frame; leave it out.")
         except RepCodecError as error:
             if not skip_bad:
                 raise
