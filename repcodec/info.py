@@ -38,6 +38,8 @@ def describe_path(name: Path | str) -> list[tuple[str, str]]:
         raise RepCodecError(
             f"{path}: no such file or folder; give a codec, a folder of feature shards or a tokens file."
         )
+    if path.suffix in (".ckpt", ".pkl"):
+        raise RepCodecError(f"{path}: a checkpoint; repcodec convert makes a codec of it, give that one.")
     return _shards(path.parent) if path.suffix == ".npy" else _tokens(path)
 
 

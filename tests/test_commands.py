@@ -231,6 +231,7 @@ def test_convert_and_export(codec_folder, test_set, tmp_path, capsys):
         (["info", "nowhere"], "nowhere: no such file or folder"),
         (["info", "empty"], "neither a saved codec (config.json) nor feature shards"),
         (["info", "bad.wav"], "bad.wav"),
+        (["info", "last.ckpt"], "last.ckpt: a checkpoint; repcodec convert makes a codec of it"),
         (["convert", "nowhere", "x"], "nowhere"),
         (["convert", "bad.wav", "x"], "bad.wav"),
         (["export", "nowhere", "x"], "nowhere"),
@@ -242,6 +243,7 @@ def test_mistakes_are_one_sentence_and_leave_nothing(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.wav").write_bytes(b"no sound at all")
+    (tmp_path / "last.ckpt").write_bytes(b"PK")
     (tmp_path / "one.tokens").write_text("/audio\na.wav\t1 2 3\n")
     soundfile.write(tmp_path / "short.wav", noise(100), 16_000)
     write_split(tmp_path / "narrow", [5], dim=DIM)
@@ -306,6 +308,7 @@ def test_help_shows_examples(command, capsys):
 
 
 def test_what_needs_no_model_starts_without_torch(codec_folder, test_set, tmp_path):
+    (tmp_path / "last.ckpt").write_bytes(b"PK")
     (tmp_path / "one.tokens").write_text("/audio\na.wav\t1 2 3\n")
     soundfile.write(tmp_path / "a.wav", noise(9000), 16_000)
     words = [["info", codec_folder / "one"], ["info", test_set], ["info", tmp_path / "one.tokens"]]
