@@ -199,7 +199,8 @@ class WholeCheckpointIO(TorchCheckpointIO):
             os.fsync(file.fileno())
             if path.name == LAST and path.exists() and self.last_is_sound:
                 os.replace(path, path.with_name(PREVIOUS))
-        self.last_is_sound = self.last_is_sound or path.name == LAST
+        if path.name == LAST:
+            self.last_is_sound = True
 
 
 def of_this_run(start: Path | str | None, folder: Path) -> bool:

@@ -308,7 +308,6 @@ def test_help_shows_examples(command, capsys):
 
 
 def test_what_needs_no_model_starts_without_torch(codec_folder, test_set, tmp_path):
-    (tmp_path / "last.ckpt").write_bytes(b"PK")
     (tmp_path / "one.tokens").write_text("/audio\na.wav\t1 2 3\n")
     soundfile.write(tmp_path / "a.wav", noise(9000), 16_000)
     words = [["info", codec_folder / "one"], ["info", test_set], ["info", tmp_path / "one.tokens"]]
